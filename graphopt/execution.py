@@ -1,0 +1,143 @@
+"""Run a graph in torch: the interpreter, taps, and the graph as a trainable module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt import operators
+from graphopt.dims import Dim
+from graphopt.errors import InputError, nearest
+from graphopt.ir import DTYPE_NAMES, DimRange, Graph, TensorType, Value, map_arg
+
+Tap = Callable[[Value, Tensor], None]
+
+
+def bind_dims(
+    inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange], given: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, int]:
+    """The number behind every named size, read from the given ``(dtype name, shape)`` of each input.
+
+    InputError says which input is missing, unknown, of another dtype, rank or size, or outside its range."""
+    missing, unknown = inputs.keys() - given.keys(), given.keys() - inputs.keys()
+    if missing:
+        raise InputError(f"missing input: {', '.join(sorted(missing))}", hint=f"inputs: {_signature(inputs)}")
+    if unknown:
+        raise InputError(f"unknown input: {', '.join(sorted(unknown))}", hint=nearest(min(unknown), inputs))
+    env: dict[str, int] = {}
+    read_from: dict[str, str] = {}
+    for name, type in inputs.items():
+        dtype, shape = given[name]
+        if dtype != DTYPE_NAMES[type.dtype]:
+            raise InputError(f"input {name!r} has dtype {dtype}, needs {DTYPE_NAMES[type.dtype]}")
+        if len(shape) != len(type.shape):
+            raise InputError(f"input {name!r} has shape {list(shape)}, needs {len(type.shape)} dimensions: {type}")
+        for size, got in zip(type.shape, shape, strict=True):
+            if isinstance(size, Dim) and size.name and size.name not in env:
+                env[size.name], read_from[size.name] = got, name
+    for name, type in inputs.items():
+        for axis, (size, got) in enumerate(zip(type.shape, given[name][1], strict=True)):
+            needed = size.evaluate(env) if isinstance(size, Dim) else size
+            if needed != got:
+                source = ""
+                if isinstance(size, Dim):
+                    source = f" ({size}, from {', '.join(sorted({read_from[n] for n in size.names}))})"
+                raise InputError(f"input {name!r} has size {got} at axis {axis}, needs {needed}{source}")
+    for name, size in env.items():
+        if size not in dims[name]:
+            raise InputError(
+                f"{name} is {size}, outside {dims[name]}",
+                where=f"input {read_from[name]!r}",
+                hint="compile with a wider range in dims, or split the input",
+            )
+    return env
+
+
+def _signature(inputs: Mapping[str, TensorType]) -> str:
+    return ", ".join(f"{name}: {type}" for name, type in inputs.items())
+
+
+def run(
+    graph: Graph,
+    inputs: Mapping[str, Tensor],
+    *,
+    tap: Tap | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The outputs of the graph by name. ``tap`` sees every value that a node computes, in order; ``weights`` replaces the
+    data of the graph's own. Inputs, weights and result live on one device: the inputs'."""
+    given = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in inputs.items()}
+    env: dict[str, Any] = bind_dims({name: value.type for name, value in graph.inputs.items()}, graph.dims, given)
+    device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
+    values: dict[Value, Tensor] = {graph.value(name): tensor for name, tensor in inputs.items()}
+    for name, weight in graph.weights.items():
+        values[graph.value(name)] = weights[name] if weights is not None else weight.load().to(device)
+    pending = {value: sum(value.users.values()) for value in graph.values.values()}
+    for value in graph.outputs.values():
+        pending[value] += 1
+
+    def real(leaf: Any) -> Any:
+        if isinstance(leaf, Value):
+            return values[leaf]
+        return leaf.evaluate(env) if isinstance(leaf, Dim) else leaf
+
+    for node in graph.nodes:
+        results = operators.call(node.op, {name: map_arg(arg, real) for name, arg in node.args.items()}, device)
+        for value, tensor in zip(node.outputs, results, strict=True):
+            if tap is not None:
+                tap(value, tensor)
+            if pending[value]:
+                values[value] = tensor
+        for operand in node.operands:
+            pending[operand] -= 1
+            if not pending[operand]:
+                del values[operand]
+    return {name: values[value] for name, value in graph.outputs.items()}
+
+
+class GraphModule(nn.Module):
+    """A graph as a module: floating weights are parameters, others buffers, under their own names."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        for name, weight in graph.weights.items():
+            *path, leaf = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner._modules[part]  # type: ignore[assignment]
+            tensor = weight.load()
+            if tensor.is_floating_point():
+                owner.register_parameter(leaf, nn.Parameter(tensor))
+            else:
+                owner.register_buffer(leaf, tensor)
+            self._places[name] = owner, leaf
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
+        """Outputs by name; positional inputs in the graph's order."""
+        inputs = dict(zip(self.graph.inputs, args, strict=False)) | kwargs
+        weights = {name: getattr(owner, leaf) for name, (owner, leaf) in self._places.items()}
+        return run(self.graph, inputs, weights=weights)
+
+
+def copy_into(target: Graph, source: Graph, mapping: dict[Value, Value]) -> None:
+    """Append the nodes of ``source`` to ``target``. ``mapping`` gives the target's value for every input of the source;
+    it is completed with weights (shared) and node outputs."""
+    for name, weight in source.weights.items():
+        if source.value(name) not in mapping:
+            mapping[source.value(name)] = target.add_weight(name, weight)
+    for node in source.nodes:
+        args = {
+            name: map_arg(arg, lambda leaf: mapping[leaf] if isinstance(leaf, Value) else leaf)
+            for name, arg in node.args.items()
+        }
+        copy = target.insert(
+            node.op, args, [v.type for v in node.outputs], names=[v.name for v in node.outputs], origin=node.origin
+        )
+        mapping.update(zip(node.outputs, copy.outputs, strict=True))

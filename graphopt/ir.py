@@ -1,0 +1,468 @@
+"""The graph: SSA over torch ops, sizes as expressions, weights by name.
+
+A :class:`Graph` owns its nodes and values; every edit goes through its methods, which keep uses true. Values have no
+strides, so ``view`` and ``reshape`` are one op. ``graph.text()`` is the form to read; :mod:`graphopt.execution` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from graphopt import operators
+from graphopt.dims import Dim, Size, names_of
+from graphopt.errors import GraphError
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from graphopt.execution import GraphModule
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
+    torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2",
+}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Element type and shape: ``f32[batch, 2*sequence, 384]``."""
+
+    dtype: torch.dtype
+    shape: tuple[Size, ...]
+
+    def __str__(self) -> str:
+        return f"{DTYPE_NAMES[self.dtype]}[{', '.join(map(str, self.shape))}]"
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(names_of(size) for size in self.shape))
+
+    def concrete(self, env: Mapping[str, int]) -> TensorType:
+        """The type with every named size replaced by its number."""
+        return TensorType(self.dtype, tuple(size.evaluate(env) if isinstance(size, Dim) else size for size in self.shape))
+
+
+class Value:
+    """A tensor in the graph: an input, a weight, or one output of a node. ``users`` keep insertion order."""
+
+    __slots__ = ("name", "producer", "type", "users")
+
+    def __init__(self, name: str, type: TensorType, producer: Node | None) -> None:
+        self.name, self.type, self.producer = name, type, producer
+        self.users: dict[Node, int] = {}  # how often each node uses it
+
+    def __repr__(self) -> str:
+        return f"%{self.name}: {self.type}"
+
+
+Arg: TypeAlias = "Value | Dim | int | float | bool | str | torch.dtype | tuple[Arg, ...] | None"
+
+
+def map_arg(arg: Any, fn: Callable[[Any], Any]) -> Any:
+    """``arg`` with ``fn`` applied to every leaf."""
+    if isinstance(arg, tuple):
+        return tuple(map_arg(item, fn) for item in arg)
+    return fn(arg)
+
+
+def leaves(arg: Any) -> Iterator[Any]:
+    if isinstance(arg, tuple):
+        for item in arg:
+            yield from leaves(item)
+    else:
+        yield arg
+
+
+class Node:
+    """One op applied to arguments named by its schema. ``origin``: module path, source line, then the passes that made it."""
+
+    __slots__ = ("_next", "_position", "_previous", "args", "graph", "op", "origin", "outputs")
+
+    def __init__(self, graph: Graph, op: str, args: dict[str, Any], origin: tuple[str, ...]) -> None:
+        self.graph: Graph | None = graph
+        self.op, self.args, self.origin = op, args, origin
+        self.outputs: tuple[Value, ...] = ()
+        self._previous: Node | None = None
+        self._next: Node | None = None
+        self._position = 0
+
+    @property
+    def output(self) -> Value:
+        """The only output. GraphError if there are several."""
+        if len(self.outputs) != 1:
+            raise GraphError(f"{self.op} has {len(self.outputs)} outputs, not one", where=self.where)
+        return self.outputs[0]
+
+    @property
+    def operands(self) -> Iterator[Value]:
+        """The values it reads, with repetition, in argument order."""
+        return (leaf for arg in self.args.values() for leaf in leaves(arg) if isinstance(leaf, Value))
+
+    @property
+    def where(self) -> str:
+        """Name, module and source line, for messages."""
+        name = f"%{self.outputs[0].name}" if self.outputs else "a node"
+        return f"{name} = {self.op}" + (f", from {' | '.join(self.origin)}" if self.origin else "")
+
+    def __repr__(self) -> str:
+        from graphopt.text import node_text
+
+        return node_text(self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """A constant tensor, read only when asked for: a parameter, a buffer, a lifted or folded constant."""
+
+    type: TensorType
+    load: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Weight:
+        """A weight that refers to a tensor, without a copy."""
+        tensor = tensor.detach()
+        return Weight(TensorType(tensor.dtype, tuple(tensor.shape)), lambda: tensor)
+
+    @staticmethod
+    def from_safetensors(path: str, key: str) -> Weight:
+        """A weight that stays on disk until it is asked for."""
+        from safetensors import safe_open
+
+        def load() -> torch.Tensor:
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
+
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(key)
+            dtype = _SAFETENSORS_DTYPES[part.get_dtype()]
+            return Weight(TensorType(dtype, tuple(part.get_shape())), load)
+
+    @property
+    def nbytes(self) -> int:
+        count = self.type.dtype.itemsize
+        for size in self.type.shape:
+            count *= int(size)  # type: ignore[arg-type]  # weights have constant sizes
+        return count
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DimRange:
+    """The sizes a named dimension may take, both ends included; ``max`` None is no bound."""
+
+    min: int = 1
+    max: int | None = None
+
+    def __str__(self) -> str:
+        return f"[{self.min}, {'...' if self.max is None else self.max}]"
+
+    def __contains__(self, size: object) -> bool:
+        return isinstance(size, int) and size >= self.min and (self.max is None or size <= self.max)
+
+
+_GAP = 1 << 20  # room between the positions of neighbours
+
+
+@dataclass(eq=False)
+class Graph:
+    """Inputs, nodes in order, named outputs; weights and dims by name."""
+
+    dims: dict[str, DimRange] = field(default_factory=dict)
+    inputs: dict[str, Value] = field(default_factory=dict)
+    outputs: dict[str, Value] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._values: dict[str, Value] = {}
+        self._first: Node | None = None
+        self._last: Node | None = None
+        self._size = 0
+        self._names: dict[str, int] = {}
+
+    # Reading
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """Nodes in order. The current node may be removed, and nodes inserted, while iterating."""
+        node = self._first
+        while node is not None:
+            following = node._next
+            yield node
+            node = following
+
+    def __len__(self) -> int:
+        return self._size
+
+    def value(self, name: str) -> Value:
+        if name not in self._values:
+            raise GraphError(f"the graph has no value %{name}")
+        return self._values[name]
+
+    @property
+    def values(self) -> Mapping[str, Value]:
+        return self._values
+
+    def weight_of(self, value: Any) -> Weight | None:
+        """The weight behind a value, if it is one."""
+        return self.weights.get(value.name) if isinstance(value, Value) and value.producer is None else None
+
+    def is_output(self, value: Value) -> bool:
+        return any(out is value for out in self.outputs.values())
+
+    def precedes(self, a: Node, b: Node) -> bool:
+        """Whether ``a`` stands before ``b``."""
+        return a._position < b._position
+
+    # Building and editing
+
+    def add_input(self, name: str, type: TensorType) -> Value:
+        value = self._new_value(name, type, None)
+        self.inputs[name] = value
+        return value
+
+    def add_weight(self, name: str, weight: Weight) -> Value:
+        value = self._new_value(name, weight.type, None)
+        self.weights[name] = weight
+        return value
+
+    def insert(
+        self,
+        op: str,
+        args: Mapping[str, Any],
+        types: Sequence[TensorType] | None = None,
+        *,
+        names: Sequence[str] = (),
+        before: Node | None = None,
+        origin: tuple[str, ...] = (),
+    ) -> Node:
+        """Add a node before another one, or at the end. Missing arguments take their schema default; types are inferred
+        unless given; names are made unique."""
+        node = Node(self, op, operators.bind(op, (), args), origin)
+        if types is None:
+            from graphopt.inference import infer
+
+            types = infer(op, node.args)
+        base = op.split(".")[1]
+        names = names or [base] * len(types)
+        node.outputs = tuple(
+            self._new_value(self.unique(name), type, node) for name, type in zip(names, types, strict=True)
+        )
+        self._link(node, before)
+        self._count(node, node.operands)
+        return node
+
+    def set_args(self, node: Node, args: Mapping[str, Any]) -> None:
+        """Replace some arguments of a node."""
+        unknown = args.keys() - node.args.keys()
+        if unknown:
+            raise GraphError(f"{node.op} has no argument {', '.join(sorted(unknown))}", where=node.where)
+        self._uncount(node)
+        node.args.update(args)
+        self._count(node, node.operands)
+
+    def replace(self, old: Value, new: Value) -> None:
+        """Let every user of ``old`` use ``new``, graph outputs included. The types must be the same."""
+        if old is new:
+            return
+        if old.type != new.type:
+            raise GraphError(f"cannot replace {old!r} by {new!r}: the types differ")
+        for user in list(old.users):
+            swapped = {
+                name: map_arg(arg, lambda leaf: new if leaf is old else leaf) for name, arg in user.args.items()
+            }
+            self.set_args(user, swapped)
+        for name, value in self.outputs.items():
+            if value is old:
+                self.outputs[name] = new
+
+    def remove(self, node: Node) -> None:
+        """Take out a node that nothing uses."""
+        for value in node.outputs:
+            if value.users or self.is_output(value):
+                raise GraphError(f"%{value.name} is still used and cannot be removed", where=node.where)
+        self._uncount(node)
+        for value in node.outputs:
+            del self._values[value.name]
+        self._unlink(node)
+        node.graph = None
+
+    def remove_dead(self, roots: Iterable[Node]) -> None:
+        """Remove those of ``roots`` that nothing uses, and whatever only they used."""
+        queue = [node for node in roots if node.graph is self]
+        while queue:
+            node = queue.pop()
+            if node.graph is not self or any(v.users or self.is_output(v) for v in node.outputs):
+                continue
+            producers = [operand.producer for operand in node.operands if operand.producer is not None]
+            self.remove(node)
+            queue += producers
+
+    def prune(self) -> int:
+        """Remove every node and weight that no output needs; how many nodes went."""
+        before = len(self)
+        self.remove_dead(reversed(list(self.nodes)))
+        for name in [n for n in self.weights if not self._values[n].users and not self.is_output(self._values[n])]:
+            del self.weights[name], self._values[name]
+        return before - len(self)
+
+    def rename(self, value: Value, name: str) -> None:
+        """Give a node's output another free name."""
+        if name in self._values:
+            raise GraphError(f"%{name} exists already")
+        del self._values[value.name]
+        value.name = name
+        self._values[name] = value
+
+    def take_name(self, new: Value, old: Value) -> None:
+        """Let ``new`` go by the name of ``old``, so that stages before and after a rewrite can be compared by name."""
+        if new.producer is None or old.producer is None:
+            return
+        name = old.name
+        self.rename(old, self.unique(name))
+        self.rename(new, name)
+
+    def unique(self, name: str) -> str:
+        if name not in self._values:
+            return name
+        count = self._names.get(name, 0)
+        while True:
+            count += 1
+            if f"{name}_{count}" not in self._values:
+                self._names[name] = count
+                return f"{name}_{count}"
+
+    def clone(self) -> Graph:
+        """A graph of its own that shares the weights."""
+        from graphopt.execution import copy_into
+
+        other = Graph(dims=dict(self.dims))
+        mapping: dict[Value, Value] = {}
+        for name, value in self.inputs.items():
+            mapping[value] = other.add_input(name, value.type)
+        copy_into(other, self, mapping)
+        other.outputs = {name: mapping[value] for name, value in self.outputs.items()}
+        return other
+
+    # Views and checks
+
+    def verify(self) -> None:
+        """Check every invariant (:mod:`graphopt.verify`). GraphError names the first that does not hold."""
+        from graphopt.verify import verify
+
+        verify(self)
+
+    def as_networkx(self) -> nx.MultiDiGraph[Any]:
+        """The graph's algorithms' view: nodes and values are vertices, uses and productions are edges."""
+        import networkx as nx
+
+        view: nx.MultiDiGraph[Any] = nx.MultiDiGraph()
+        for value in self._values.values():
+            view.add_node(value, kind="value", label=f"%{value.name}\n{value.type}")
+        for node in self.nodes:
+            view.add_node(node, kind="node", label=node.op)
+            for name, arg in node.args.items():
+                for leaf in leaves(arg):
+                    if isinstance(leaf, Value):
+                        view.add_edge(leaf, node, argument=name)
+            for value in node.outputs:
+                view.add_edge(node, value)
+        return view
+
+    def as_module(self) -> GraphModule:
+        """A trainable nn.Module that computes the graph; its state dict has the weights' names."""
+        from graphopt.execution import GraphModule
+
+        return GraphModule(self)
+
+    def text(self, *, origins: bool = False) -> str:
+        from graphopt.text import graph_text
+
+        return graph_text(self, origins=origins)
+
+    __str__ = text
+
+    def __eq__(self, other: object) -> bool:
+        """Same inputs, dims, weights' types, nodes and outputs, names included; not where the nodes came from."""
+        return isinstance(other, Graph) and self.text() == other.text()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def op_counts(self) -> dict[str, int]:
+        """How often each op occurs, the most frequent first."""
+        counts: dict[str, int] = {}
+        for node in self.nodes:
+            counts[node.op] = counts.get(node.op, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    # Keeping uses and order
+
+    def _new_value(self, name: str, type: TensorType, producer: Node | None) -> Value:
+        if name in self._values:
+            raise GraphError(f"%{name} exists already")
+        value = Value(name, type, producer)
+        self._values[name] = value
+        return value
+
+    def _count(self, node: Node, operands: Iterable[Value]) -> None:
+        for operand in operands:
+            if self._values.get(operand.name) is not operand:
+                raise GraphError(f"%{operand.name} is not a value of this graph", where=node.where)
+            operand.users[node] = operand.users.get(node, 0) + 1
+
+    def _uncount(self, node: Node) -> None:
+        for operand in node.operands:
+            operand.users[node] -= 1
+            if not operand.users[node]:
+                del operand.users[node]
+
+    def _link(self, node: Node, before: Node | None) -> None:
+        node._next = before
+        node._previous = before._previous if before else self._last
+        if node._previous:
+            node._previous._next = node
+        else:
+            self._first = node
+        if before:
+            before._previous = node
+        else:
+            self._last = node
+        self._size += 1
+        self._place(node)
+
+    def _place(self, node: Node) -> None:
+        """Give a linked node a position between its neighbours'; renumber all where there is no room."""
+        low = node._previous._position if node._previous else 0
+        high = node._next._position if node._next else low + 2 * _GAP
+        node._position = (low + high) // 2
+        if node._position in (low, high):
+            for index, each in enumerate(self.nodes, 1):
+                each._position = index * _GAP
+
+    def _unlink(self, node: Node) -> None:
+        if node._previous:
+            node._previous._next = node._next
+        else:
+            self._first = node._next
+        if node._next:
+            node._next._previous = node._previous
+        else:
+            self._last = node._previous
+        self._size -= 1

@@ -1,0 +1,101 @@
+"""Names and schemas of the ops a graph is made of: every op is a torch op, written ``namespace.name.overload``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+import graphopt.ops  # noqa: F401  (registers the graphopt:: ops)
+from graphopt.errors import GraphError, nearest
+
+#: Arguments that say where and how a tensor lies in memory. A graph says only what is computed, so it holds none of them.
+PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
+
+
+@cache
+def resolve(op: str) -> torch._ops.OpOverload:
+    """The torch op behind a name. GraphError for a name that is no torch op."""
+    parts = op.split(".")
+    if len(parts) != 3:
+        raise GraphError(f"{op!r} is not an op name", hint="write namespace.name.overload, as in aten.add.Tensor")
+    namespace, name, overload = parts
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    if packet is None:
+        raise GraphError(f"there is no torch op {op!r}", hint="is the library that registers it imported?")
+    if overload not in packet.overloads():
+        raise GraphError(f"{namespace}.{name} has no overload {overload!r}", hint=nearest(overload, packet.overloads()))
+    found: torch._ops.OpOverload = getattr(packet, overload)
+    return found
+
+
+@cache
+def parameters(op: str) -> tuple[torch._C.Argument, ...]:
+    """The op's arguments in schema order, without those that only place the result in memory."""
+    return tuple(a for a in resolve(op)._schema.arguments if a.name not in PLACEMENT)
+
+
+@cache
+def takes_device(op: str) -> bool:
+    return any(a.name == "device" for a in resolve(op)._schema.arguments)
+
+
+@cache
+def has_default(op: str, name: str) -> bool:
+    return any(a.name == name and a.has_default_value() for a in parameters(op))
+
+
+@cache
+def default(op: str, name: str) -> Any:
+    """The schema default of an argument, lists as tuples."""
+    value = next(a.default_value for a in parameters(op) if a.name == name)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def bind(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument by its schema name, defaults filled in, placement left out. GraphError if they do not fit."""
+    bound: dict[str, Any] = {}
+    all_names = [a.name for a in resolve(op)._schema.arguments]
+    given = dict(zip(all_names, args, strict=False))
+    if len(args) > len(all_names):
+        raise GraphError(f"{op} takes {len(all_names)} arguments, got {len(args)}")
+    for name, value in kwargs.items():
+        if name not in all_names:
+            raise GraphError(f"{op} has no argument {name!r}", hint=nearest(name, all_names))
+        if name in given:
+            raise GraphError(f"{op} got two values for {name!r}")
+        given[name] = value
+    for argument in parameters(op):
+        if argument.name in given:
+            value = given[argument.name]
+            bound[argument.name] = tuple(value) if isinstance(value, list) else value
+        elif argument.has_default_value():
+            bound[argument.name] = default(op, argument.name)
+        else:
+            raise GraphError(f"{op} needs an argument {argument.name!r}")
+    return bound
+
+
+def call(op: str, args: Mapping[str, Any], device: torch.device | str | None = None) -> tuple[torch.Tensor, ...]:
+    """Run the op on real values; the results always as a tuple. ``device`` is where factory ops make their tensor."""
+    positional = [args[a.name] for a in parameters(op) if not a.kwarg_only and _positional(op, a.name)]
+    keywords = {a.name: args[a.name] for a in parameters(op) if a.kwarg_only or not _positional(op, a.name)}
+    if device is not None and takes_device(op):
+        keywords["device"] = device
+    result = resolve(op)(*positional, **keywords)
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    return tuple(result)
+
+
+@cache
+def _positional(op: str, name: str) -> bool:
+    """Whether all arguments before this one are kept as well, so that it may be passed by position."""
+    for argument in resolve(op)._schema.arguments:
+        if argument.name == name:
+            return True
+        if argument.name in PLACEMENT:
+            return False
+    return False

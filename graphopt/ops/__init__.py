@@ -1,0 +1,186 @@
+"""The ``graphopt::`` torch ops. Each body is plain torch: the definition that passes, backends and tests are held to.
+
+They are registered as composites, so one body serves values, shapes (meta and fake tensors) and gradients alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_library = torch.library.Library("graphopt", "DEF")
+
+
+def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(body: Callable[..., Any]) -> Callable[..., Any]:
+        _library.define(f"{body.__name__}{schema}")
+        _library.impl(body.__name__, body, "CompositeImplicitAutograd")
+        return body
+
+    return register
+
+
+@_op(
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? key_mask=None, Tensor? kv_lengths=None, "
+    "Tensor? sinks=None, *, float scale, str causal='none', int window_left=-1, int window_right=-1, "
+    "float softcap=0.0) -> Tensor"
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    causal: str = "none",
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+) -> Tensor:
+    """``softmax(softcap(q @ k.T * scale) + bias, over visible keys) @ v``; grouped heads native.
+
+    q ``[B, Hq, S, D]``, k ``[B, Hkv, T, D]``, v ``[B, Hkv, T, Dv]``, Hq a multiple of Hkv; result ``[B, Hq, S, Dv]``.
+
+    - ``bias`` broadcasts to ``[B, Hq, S, T]``: float is added to the scores, bool says which keys are visible.
+    - ``key_mask`` bool ``[B, T]``: which keys any query may see (padding on either side).
+    - ``kv_lengths`` int ``[B]``: only the first that many keys are visible.
+    - ``sinks`` ``[Hq]``: a score that joins the softmax but has no value (gpt-oss).
+    - ``causal``: ``none``; ``upper_left``: query i stands at position i; ``lower_right``: at ``i + T - S``. Keys after
+      the query's position are invisible in the two latter.
+    - ``window_left``, ``window_right``: visible keys before and after the query's position, itself not counted; -1: all.
+    - ``softcap`` c > 0: ``c * tanh(score / c)`` (Gemma 2).
+
+    A query that sees no key gives zeros.
+    """
+    batch, heads, queries, _ = q.shape
+    groups = heads // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.matmul(q, k.transpose(-2, -1)) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    visible = _visible(k.shape[2], queries, q.device, key_mask, kv_lengths, causal, window_left, window_right)
+    if bias is not None and bias.dtype == torch.bool:
+        visible = bias if visible is None else visible & bias
+    elif bias is not None:
+        scores = scores + bias
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.reshape(1, heads, 1, 1).expand(batch, heads, queries, 1).to(scores.dtype)
+        scores = torch.cat([scores, sink], -1)
+    weights = torch.softmax(scores, -1)
+    if visible is not None:
+        weights = torch.nan_to_num(weights)  # only a row without any visible key has NaN
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return torch.matmul(weights, v)
+
+
+def _visible(
+    keys: int,
+    queries: int,
+    device: torch.device,
+    key_mask: Tensor | None,
+    kv_lengths: Tensor | None,
+    causal: str,
+    window_left: int,
+    window_right: int,
+) -> Tensor | None:
+    """Which keys each query may see, bool, broadcasting to ``[B, H, S, T]``; None for all."""
+    key = torch.arange(keys, device=device)
+    query = torch.arange(queries, device=device).unsqueeze(1)
+    if causal == "lower_right":
+        query = query + (keys - queries)
+    conditions = []
+    if causal != "none":
+        conditions.append(key <= query)
+    if window_left >= 0:
+        conditions.append(query - key <= window_left)
+    if window_right >= 0:
+        conditions.append(key - query <= window_right)
+    if key_mask is not None:
+        conditions.append(key_mask[:, None, None, :])
+    if kv_lengths is not None:
+        conditions.append(key < kv_lengths[:, None, None, None])
+    if not conditions:
+        return None
+    visible = conditions[0]
+    for condition in conditions[1:]:
+        visible = visible & condition
+    return visible
+
+
+@_op("(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor")
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate pairs of features by position (RoFormer, arXiv:2104.09864).
+
+    x ``[B, H, S, D]``; cos and sin ``[B or 1, S, R/2]`` with even R <= D: the first R features are rotated, the others
+    pass. Pairs are ``(i, i + R/2)``, or ``(2i, 2i + 1)`` if ``interleaved``.
+    """
+    width = 2 * cos.shape[-1]
+    rotated, passed = x[..., :width], x[..., width:]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        first, second = rotated[..., : width // 2], rotated[..., width // 2 :]
+    turned = first * cos - second * sin, second * cos + first * sin
+    result = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat([result, passed], -1)
+
+
+@_op(
+    "(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
+    "float eps=1e-05) -> (Tensor, Tensor)"
+)
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """``s = x + residual``; ``(layer_norm(s), s)``, all of one shape."""
+    total = x + residual
+    return functional.layer_norm(total, normalized_shape, weight, bias, eps), total
+
+
+@_op(
+    "(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> (Tensor, Tensor)"
+)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """``s = x + residual``; ``(rms_norm(s), s)``, all of one shape (RMSNorm: arXiv:1910.07467)."""
+    total = x + residual
+    return functional.rms_norm(total, normalized_shape, weight, eps), total
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@_op("(Tensor gate, Tensor up, *, str activation) -> Tensor")
+def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
+    """``activation(gate) * up``: SwiGLU with ``silu``, GeGLU with ``gelu`` or ``gelu_tanh`` (arXiv:2002.05202)."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+@_op("(Tensor x, *, float alpha=1.702) -> Tensor")
+def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
+    """``x * sigmoid(alpha * x)`` (GELU's sigmoid approximation, arXiv:1606.08415)."""
+    return x * torch.sigmoid(alpha * x)

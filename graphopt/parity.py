@@ -1,0 +1,203 @@
+"""How far a candidate is from a reference, whether that keeps a contract, and where two graphs first differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.errors import ParityError
+from graphopt.execution import run
+from graphopt.ir import Graph, Value
+from graphopt.schemas.pipeline import HIGHER_IS_BETTER, Budget, Exact
+from graphopt.schemas.report import OutputParity, ProbeParity, StageParity
+
+Contract = Exact | Budget
+Outputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs to compare on. ``mask`` ``[batch, sequence]``, if any, says which positions mean something; outputs that
+    begin with those two axes are compared there only."""
+
+    sizes: dict[str, int]
+    inputs: dict[str, Tensor]
+    mask: Tensor | None = None
+
+
+def compare(
+    reference: Mapping[str, Any], candidate: Mapping[str, Any], mask: Any = None
+) -> dict[str, OutputParity]:
+    """Every output of ``candidate`` against ``reference``, torch or numpy alike.
+
+    ParityError for a missing output, another shape or another dtype."""
+    kept = None if mask is None else _tensor(mask).bool()
+    found = {}
+    for name, expected in reference.items():
+        if name not in candidate:
+            raise ParityError(f"output {name!r} is missing", hint=f"there are {', '.join(candidate)}")
+        found[name] = _compare_one(name, _tensor(expected), _tensor(candidate[name]), kept)
+    return found
+
+
+def _tensor(array: Any) -> Tensor:
+    tensor: Tensor = torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+    return tensor.detach().cpu()
+
+
+def _compare_one(name: str, expected: Tensor, got: Tensor, mask: Tensor | None) -> OutputParity:
+    if expected.shape != got.shape:
+        raise ParityError(f"output {name!r} has shape {list(got.shape)}, the reference {list(expected.shape)}")
+    if expected.dtype != got.dtype:
+        raise ParityError(f"output {name!r} is {got.dtype}, the reference {expected.dtype}")
+    total = expected.numel()
+    expected, got = select(expected, mask), select(got, mask)
+    if not expected.numel():
+        return OutputParity(max_abs=0, relative=0, cosine=1, snr=math.inf, compared=0, left_out=total)
+    a, b = expected.double().flatten(), got.double().flatten()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
+    max_abs = float(difference.max())
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    noise, signal = float(difference.square().sum()), float(finite.square().sum())
+    norms = float(a.norm() * b.norm())
+    cosine = 1.0 if max_abs == 0 else float(a @ b) / norms if norms and math.isfinite(norms) else 0.0
+    return OutputParity(
+        max_abs=max_abs,
+        relative=max_abs / scale if scale else max_abs,
+        cosine=cosine if math.isfinite(cosine) else -1.0,
+        snr=math.inf if not noise else -math.inf if not signal else 10 * math.log10(signal / noise),
+        compared=a.numel(),
+        left_out=total - a.numel(),
+    )
+
+
+def select(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The elements of an output at positions the mask keeps; all of them if it does not begin with the mask's axes."""
+    if mask is None or tensor.ndim < 2 or tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[mask]
+
+
+def _logits_metric(metric: str, reference: Outputs, candidate: Outputs, mask: Tensor | None) -> float:
+    """KL (mean, nats) or top-1 agreement (share) over all floating outputs."""
+    kept = None if mask is None else mask.bool().cpu()
+    values = []
+    for name, tensor in reference.items():
+        if not tensor.is_floating_point() or tensor.ndim < 1:
+            continue
+        expected, got = select(tensor.cpu(), kept).double(), select(_tensor(candidate[name]), kept).double()
+        if metric == "top1":
+            values.append(float((expected.argmax(-1) == got.argmax(-1)).double().mean()))
+        else:
+            p, q = expected.log_softmax(-1), got.log_softmax(-1)
+            values.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    if not values:
+        raise ParityError(f"the metric {metric} needs a floating output")
+    return min(values) if metric == "top1" else max(values)
+
+
+def judge(
+    contract: Contract, probes: Sequence[Probe], references: Sequence[Outputs], candidates: Sequence[Outputs]
+) -> StageParity:
+    """One stage on all probes, and whether it keeps ``contract``."""
+    parts = [
+        ProbeParity(sizes=probe.sizes, outputs=compare(reference, candidate, probe.mask))
+        for probe, reference, candidate in zip(probes, references, candidates, strict=True)
+    ]
+    outputs = [output for part in parts for output in part.outputs.values()]
+    if isinstance(contract, Exact):
+        metric, limit = "relative", contract.rounding * _coarsest_epsilon(references)
+    else:
+        metric, limit = contract.metric, contract.limit
+    higher = metric in HIGHER_IS_BETTER
+    if metric in ("kl", "top1"):
+        values = [
+            _logits_metric(metric, reference, candidate, probe.mask)
+            for probe, reference, candidate in zip(probes, references, candidates, strict=True)
+        ]
+    else:
+        values = [getattr(output, metric) for output in outputs]
+    worst = (min if higher else max)(values)
+    return StageParity(
+        contract=describe(contract), metric=metric, worst=worst, limit=limit, probes=parts,
+        holds=worst >= limit if higher else worst <= limit,
+    )  # fmt: skip
+
+
+def describe(contract: Contract) -> str:
+    return "exact" if isinstance(contract, Exact) else f"{contract.metric} {contract.limit:g}"
+
+
+def _coarsest_epsilon(references: Sequence[Outputs]) -> float:
+    floating = [tensor.dtype for outputs in references for tensor in outputs.values() if tensor.is_floating_point()]
+    return max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first value, in the candidate's order, that is not the reference's."""
+
+    name: str
+    origin: tuple[str, ...]
+    parity: OutputParity
+
+    def __str__(self) -> str:
+        origin = f", from {' | '.join(self.origin)}" if self.origin else ""
+        return f"%{self.name} differs by {self.parity.max_abs:.3g} ({self.parity.relative:.3g} of its scale){origin}"
+
+
+def bisect(
+    reference: Graph,
+    candidate: Graph | Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    probe: Probe,
+    tolerance: float = 1e-4,
+) -> Difference | None:
+    """The first value that both have by one name and shape and that differs by more than ``tolerance`` of its scale.
+
+    ``candidate``: a graph, or a function from inputs to values by name (an engine that shows its inner values)."""
+    expected: dict[str, Tensor] = {}
+    run(reference, probe.inputs, tap=lambda value, tensor: expected.__setitem__(value.name, tensor))
+    for name, got in _values_of(candidate, probe):
+        known = expected.get(name)
+        if known is None or known.shape != got.shape or known.dtype != got.dtype:
+            continue
+        mask = None if probe.mask is None else probe.mask.bool()
+        parity = _compare_one(name, _positions_first(known, mask), _positions_first(got.cpu(), mask), mask)
+        if parity.relative > tolerance and math.isfinite(parity.relative):
+            origin = _origin(candidate if isinstance(candidate, Graph) else reference, name)
+            return Difference(name, origin, parity)
+    return None
+
+
+def _positions_first(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """``[batch, heads, sequence, ...]`` as ``[batch, sequence, heads, ...]``, so that the mask can leave positions out."""
+    if mask is None or tensor.ndim < 3 or tensor.shape[:2] == mask.shape or tensor[:, 0].shape[:2] != mask.shape:
+        return tensor
+    return tensor.transpose(1, 2)
+
+
+def _values_of(candidate: Any, probe: Probe) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(candidate, Graph):
+        yield from candidate(probe.inputs).items()
+        return
+    seen: list[tuple[str, Tensor]] = []
+
+    def tap(value: Value, tensor: Tensor) -> None:
+        seen.append((value.name, tensor))
+
+    run(candidate, probe.inputs, tap=tap)
+    yield from seen
+
+
+def _origin(graph: Graph, name: str) -> tuple[str, ...]:
+    value = graph.values.get(name)
+    return value.producer.origin if value is not None and value.producer is not None else ()
+

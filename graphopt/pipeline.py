@@ -1,0 +1,279 @@
+"""Passes and pipelines: what a pass is, a list of them checked before anything runs, and running it with proof."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Protocol
+
+import networkx as nx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from graphopt.errors import NoMatchError, ParityError, PipelineError, nearest
+from graphopt.execution import run
+from graphopt.ir import Graph
+from graphopt.parity import Contract, Difference, Outputs, Probe, bisect, judge
+from graphopt.rewrite import RewriteLog, Rule, apply_rules
+from graphopt.schemas.pipeline import Budget, Exact
+from graphopt.schemas.report import PassReport, RefusalReport, StageParity
+
+PASSES = "graphopt.passes"  # the entry point group
+
+
+class Stopwatch(Protocol):
+    """What a target can tell a pass: how long a graph takes there."""
+
+    def milliseconds(self, graph: Graph) -> float:
+        """Median time of one run of ``graph`` on the target, at the sizes it is built for."""
+
+
+@dataclass
+class Context:
+    """What a pass may ask beyond its graph. ``stopwatch`` is None where nothing can be timed (``tactics: fixed``)."""
+
+    stopwatch: Stopwatch | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Pass(BaseModel):
+    """A named rewrite of a whole graph. Subclasses set ``kind`` and write ``run``; their fields are the options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    allow_no_match: bool = False
+    """Let the pass change nothing; without, that is an error."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def contract(self) -> Contract:
+        """How far the result may be from eager."""
+        return Exact()
+
+    def run(self, graph: Graph, context: Context) -> RewriteLog:
+        """Change ``graph``; say what was matched and what was refused."""
+        raise NotImplementedError
+
+
+class RulePass(Pass):
+    """A pass that is a list of rules."""
+
+    def rules(self) -> Sequence[Rule]:
+        raise NotImplementedError
+
+    def run(self, graph: Graph, context: Context) -> RewriteLog:
+        log = apply_rules(graph, self.rules(), self.kind)
+        graph.prune()
+        return log
+
+
+class Instrument(Protocol):
+    """Watches a pipeline: called before and after each pass."""
+
+    def before(self, step: Pass, graph: Graph) -> None: ...
+
+    def after(self, step: Pass, graph: Graph, report: PassReport) -> None: ...
+
+
+# Loading
+
+
+def known_passes() -> dict[str, type[Pass]]:
+    """Every installed pass by kind, third parties' included."""
+    found: dict[str, type[Pass]] = {}
+    for point in sorted(entry_points(group=PASSES), key=lambda point: point.name):
+        loaded = point.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+            raise PipelineError(f"the entry point {point.name!r} ({point.value}) is no graphopt Pass")
+        found[point.name] = loaded
+    return found
+
+
+def load_passes(
+    entries: Sequence[Mapping[str, Any] | Pass], *, file: str = "the pipeline", extra: Mapping[str, type[Pass]] | None = None
+) -> list[Pass]:
+    """Passes from their declarations, checked for unknown names and options and for an order that can work.
+
+    PipelineError names the entry and the key, with the nearest right name."""
+    known = known_passes() | dict(extra or {})
+    steps = []
+    for index, entry in enumerate(entries):
+        steps.append(entry if isinstance(entry, Pass) else _load_one(dict(entry), known, f"{file}, passes[{index}]"))
+    check_order(steps, file, known)
+    return steps
+
+
+def _load_one(entry: dict[str, Any], known: Mapping[str, type[Pass]], where: str) -> Pass:
+    kind = entry.get("kind")
+    if kind not in known:
+        raise PipelineError(f"there is no pass {kind!r}", where=where, hint=nearest(str(kind), known))
+    try:
+        return known[kind](**entry)
+    except ValidationError as error:
+        raise PipelineError(validation_message(error, known[kind].model_fields), where=f"{where} ({kind})") from error
+
+
+def validation_message(error: ValidationError, fields: Iterable[str]) -> str:
+    """The first thing wrong in pydantic's words, with the nearest right key for an unknown one."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"there is no option {key!r}; {nearest(key, fields)}"
+    return f"{key}: {first['msg']} (got {first['input']!r})"
+
+
+def check_order(steps: Sequence[Pass], file: str, known: Mapping[str, type[Pass]]) -> None:
+    """PipelineError if a pass comes before what it needs, with the order or the pass that would work."""
+    facts: set[str] = set()
+    for index, step in enumerate(steps):
+        missing = step.requires - facts
+        if missing:
+            hint = _working_order(steps) or _missing_pass(missing, known)
+            raise PipelineError(
+                f"{step.kind} needs {', '.join(sorted(missing))}, which nothing before it provides",
+                where=f"{file}, passes[{index}]",
+                hint=hint,
+            )
+        facts = (facts - step.invalidates) | step.provides
+
+
+def _working_order(steps: Sequence[Pass]) -> str | None:
+    """An order of the same passes that works, kept as close to the given one as it can be."""
+    needs: nx.DiGraph[int] = nx.DiGraph()
+    needs.add_nodes_from(range(len(steps)))
+    for index, step in enumerate(steps):
+        for fact in step.requires:
+            providers = [other for other, candidate in enumerate(steps) if fact in candidate.provides and other != index]
+            if not providers:
+                return None
+            needs.add_edge(providers[0], index)
+    try:
+        order = list(nx.lexicographical_topological_sort(needs))
+    except nx.NetworkXUnfeasible:
+        return None
+    return "this order works: " + ", ".join(steps[index].kind for index in order)
+
+
+def _missing_pass(missing: set[str] | frozenset[str], known: Mapping[str, type[Pass]]) -> str:
+    providers = sorted(kind for kind, step in known.items() if missing <= step.provides)
+    return f"add {' or '.join(providers)} before it" if providers else "no installed pass provides that"
+
+
+# Running
+
+
+@dataclass
+class Proof:
+    """What stages are compared with: probes and eager's outputs on them."""
+
+    probes: list[Probe]
+    references: list[Outputs]
+
+    def of_graph(self, graph: Graph, contract: Contract) -> StageParity:
+        return judge(contract, self.probes, self.references, [run(graph, probe.inputs) for probe in self.probes])
+
+    def of_engine(self, engine: Callable[..., Outputs], contract: Contract) -> StageParity:
+        return judge(contract, self.probes, self.references, [engine(**probe.inputs) for probe in self.probes])
+
+
+def run_passes(
+    graph: Graph,
+    steps: Sequence[Pass],
+    *,
+    context: Context | None = None,
+    proof: Proof | None = None,
+    override: Budget | None = None,
+    force: bool = False,
+    instruments: Sequence[Instrument] = (),
+) -> list[PassReport]:
+    """Run ``steps`` on ``graph`` in place; after each, verify the graph and hold it to its contract against eager.
+
+    ``override``: a budget that replaces the passes' own. A contract that does not hold raises ParityError with the pass
+    and the first value that differs, unless ``force``: then the report says so. A pass that changes nothing raises
+    NoMatchError unless it allows that."""
+    context = context or Context()
+    reports: list[PassReport] = []
+    budget: Contract = Exact()
+    for step in steps:
+        for instrument in instruments:
+            instrument.before(step, graph)
+        before = graph.clone()
+        report = _run_one(graph, step, context)
+        if proof is not None:
+            budget = override or _looser(budget, step.contract())
+            report = report.model_copy(update={"parity": proof.of_graph(graph, budget)})
+            assert report.parity is not None
+            if not (report.parity.holds or force):
+                raise broken(step.kind, report.parity, first_difference(before, graph, proof))
+        reports.append(report)
+        for instrument in instruments:
+            instrument.after(step, graph, report)
+    return reports
+
+
+def _looser(current: Contract, own: Contract) -> Contract:
+    """After a pass with a budget, later exact passes are held to that budget: what is lost is lost."""
+    return own if isinstance(own, Budget) else current
+
+
+def _run_one(graph: Graph, step: Pass, context: Context) -> PassReport:
+    text, nodes = graph.text(), len(graph)
+    parameters, size = _parameters(graph), graph.weight_bytes
+    context.notes.clear()
+    start = time.perf_counter()
+    log = step.run(graph, context)
+    graph.verify()
+    seconds = time.perf_counter() - start
+    if not log.total and not step.allow_no_match:
+        reasons = "; ".join(dict.fromkeys(f"{refused.rule}: {refused.reason}" for refused in log.refusals[:3]))
+        raise NoMatchError(
+            f"{step.kind} changed nothing" + (f" ({reasons})" if reasons else ""),
+            where=log.refusals[0].where if log.refusals else None,
+            hint="take the pass out, or set allow_no_match: true",
+        )
+    return PassReport(
+        kind=step.kind,
+        options=step.model_dump(mode="json", exclude={"kind"}),
+        matches=log.matches,
+        refusals=[RefusalReport(rule=r.rule, where=r.where, reason=r.reason) for r in log.refusals],
+        notes=list(context.notes),
+        nodes_before=nodes,
+        nodes_after=len(graph),
+        bytes_before=size,
+        bytes_after=graph.weight_bytes,
+        parameters_before=parameters,
+        parameters_after=_parameters(graph),
+        seconds=seconds,
+        diff=diff_text(text, graph.text()),
+    )
+
+
+def _parameters(graph: Graph) -> int:
+    return sum(weight.nbytes // weight.type.dtype.itemsize for weight in graph.weights.values())
+
+
+def diff_text(before: str, after: str) -> str:
+    """The lines that changed, as a unified diff without context."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", lineterm="", n=0)
+    return "\n".join(line for line in lines if not line.startswith("@@"))
+
+
+def first_difference(before: Graph, after: Graph, proof: Proof) -> Difference | None:
+    """Where a pass first went wrong: the first value by name that differs on a probe."""
+    found = (bisect(before, after, probe) for probe in proof.probes)
+    return next((difference for difference in found if difference is not None), None)
+
+
+def broken(stage: str, parity: StageParity, difference: Difference | None) -> ParityError:
+    """The error of a stage that does not keep its contract."""
+    where = str(difference) if difference else "in the outputs only: no inner value differs by itself"
+    return ParityError(
+        f"{stage} breaks its contract ({parity.contract}): {parity.metric} is {parity.worst:.3g}, the limit {parity.limit:.3g}",
+        where=where,
+        hint="take the pass out, widen its budget, or build with force to record it in the manifest",
+    )

@@ -1,0 +1,89 @@
+"""Probe inputs: what every stage is compared on. Several sizes, most of them not the traced one, with padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from graphopt.ir import DimRange
+from graphopt.parity import Probe
+
+#: Makes the inputs for given sizes, with a generator for whatever is random.
+Sampler: TypeAlias = Callable[[dict[str, int], torch.Generator], dict[str, Tensor]]
+
+
+def sampler_like(
+    examples: Mapping[str, Tensor], axes: Mapping[str, tuple[str | None, ...]], vocabulary: Mapping[str, int] | None = None
+) -> Sampler:
+    """Random inputs of the examples' kind: integers below ``vocabulary[name]`` or in the example's range, floats of the
+    example's mean and deviation, masks (0/1 tensors with "mask" in their name) with ragged padding."""
+    known = vocabulary or {}
+
+    def sample(sizes: dict[str, int], generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            name: _sample(name, example, _shape(example, axes.get(name, ()), sizes), generator, known.get(name))
+            for name, example in examples.items()
+        }
+
+    return sample
+
+
+def _shape(example: Tensor, axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    names = axes or (None,) * example.ndim
+    return tuple(sizes[name] if name else size for name, size in zip(names, example.shape, strict=True))
+
+
+def _sample(
+    name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Generator, vocabulary: int | None
+) -> Tensor:
+    if is_mask(name, example):
+        return ragged_mask(shape, generator).to(example.dtype)
+    if example.is_floating_point():
+        noise = torch.randn(shape, generator=generator)
+        return (noise * example.float().std(correction=0) + example.float().mean()).to(example.dtype)
+    if example.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
+    low = 0 if vocabulary else int(example.min())
+    high = vocabulary or int(example.max()) + 1
+    return torch.randint(low, high, shape, generator=generator).to(example.dtype)
+
+
+def is_mask(name: str, example: Tensor) -> bool:
+    """Whether an input is a padding mask: two axes, named a mask, nothing but zeros and ones."""
+    return "mask" in name and example.ndim == 2 and not bool(((example != 0) & (example != 1)).any())
+
+
+def ragged_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """``[batch, sequence]``: the first row full, every other row at least one position; even rows padded on the right,
+    odd ones on the left."""
+    batch, sequence = shape
+    lengths = torch.randint(max(1, sequence // 2), sequence + 1, (batch,), generator=generator)
+    lengths[0] = sequence
+    positions = torch.arange(sequence)
+    right = positions < lengths[:, None]
+    left = positions >= sequence - lengths[:, None]
+    return torch.where((torch.arange(batch) % 2 == 0)[:, None], right, left)
+
+
+def make_probes(
+    sample: Sampler, dims: Mapping[str, DimRange], traced: Mapping[str, int], mask: str | None, seed: int = 0
+) -> list[Probe]:
+    """Three probes: the traced sizes, larger odd ones, and the smallest that ``dims`` allows."""
+    generator = torch.Generator().manual_seed(seed)
+    larger = {name: _clamp(traced[name] * 2 + 3 + index, bounds) for index, (name, bounds) in enumerate(dims.items())}
+    smallest = {name: bounds.min for name, bounds in dims.items()}
+    probes = []
+    for sizes in (dict(traced), larger, smallest):
+        if any(probe.sizes == sizes for probe in probes):
+            continue
+        inputs = sample(sizes, generator)
+        probes.append(Probe(sizes, inputs, inputs.get(mask) if mask else None))
+    return probes
+
+
+def _clamp(size: int, bounds: DimRange) -> int:
+    size = max(size, bounds.min)
+    return size if bounds.max is None else min(size, bounds.max)

@@ -1,0 +1,1 @@
+"""The passes. One file each; its docstring shows before and after."""

@@ -1,0 +1,1 @@
+"""What is read from and written to files, as pydantic models: pipelines, reports, manifests. Imports nothing of graphopt."""

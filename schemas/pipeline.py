@@ -1,0 +1,66 @@
+"""The pipeline file: what to compile, with which passes, for which target, proven how."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from graphopt.schemas.common import Schema
+
+Metric = Literal["max_abs", "relative", "cosine", "snr", "kl", "top1"]
+#: Metrics of which more is better; for the others less is.
+HIGHER_IS_BETTER: frozenset[str] = frozenset({"cosine", "snr", "top1"})
+
+
+class Budget(Schema):
+    """How far a stage may be from eager: ``metric`` no worse than ``limit``, over all probes and outputs.
+
+    max_abs: largest absolute difference. relative: that over the reference's largest absolute value. cosine: smallest
+    similarity. snr: signal to noise, in dB. kl: mean divergence of the softmax over the last axis, in nats. top1: share of
+    positions whose largest element is the same."""
+
+    metric: Metric
+    limit: float
+
+
+class Exact(Schema):
+    """Differences of rounding size only: ``relative`` at most ``rounding`` times the output dtype's epsilon."""
+
+    rounding: float = 1000.0
+
+
+class TargetConfig(Schema):
+    """What to build for. ``options`` are the backend's own: see ``graphopt doctor``."""
+
+    backend: str = "onnxruntime"
+    provider: Literal["cpu", "cuda"] = "cpu"
+    tactics: Literal["timed", "fixed"] = "timed"
+    threads: int | None = Field(default=None, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class PipelineConfig(Schema):
+    """One pipeline file. ``passes`` None is the standard list of the target."""
+
+    model: str
+    dims: dict[str, tuple[int, int | None]] = Field(default_factory=dict)
+    passes: list[dict[str, Any]] | None = None
+    target: TargetConfig = TargetConfig()
+    parity: Budget | None = None
+
+    @field_validator("dims")
+    @classmethod
+    def _ranges(cls, dims: dict[str, tuple[int, int | None]]) -> dict[str, tuple[int, int | None]]:
+        for name, (low, high) in dims.items():
+            if low < 1 or (high is not None and high < low):
+                raise ValueError(f"{name}: [{low}, {high}] is no range of sizes")
+        return dims
+
+    @field_validator("passes")
+    @classmethod
+    def _kinds(cls, passes: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for index, entry in enumerate(passes or ()):
+            if not isinstance(entry.get("kind"), str):
+                raise ValueError(f"passes[{index}] has no kind")
+        return passes
