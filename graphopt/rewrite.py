@@ -12,7 +12,7 @@
 
 The engine checks that no inner value is used elsewhere, inserts the new nodes, lets them take the old names, removes what
 is dead, extends ``origin`` and counts. ``rewrite`` may raise :class:`Refusal` (through ``require``) at any point: then the
-graph is as it was, and the reason is reported.
+graph is as it was, and the reason is reported. ``applies`` is for what a pattern cannot say and nobody needs to hear of.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,16 @@ def require(condition: object, reason: str) -> None:
     """Refuse the match with ``reason`` unless ``condition`` holds."""
     if not condition:
         raise Refusal(reason)
+
+
+class NoMatch(Exception):
+    """A match that is not the rule's business after all: nothing to report."""
+
+
+def applies(condition: object) -> None:
+    """What the pattern cannot say: the rule is not meant for this match unless ``condition`` holds."""
+    if not condition:
+        raise NoMatch
 
 
 class Rule:
@@ -114,6 +124,10 @@ class Build:
         made = self._graph.insert(op, bound, before=self._before, origin=self._origin)
         self.made.append(made)
         return made
+
+    def call(self, op: str, args: Mapping[str, Any]) -> tuple[Value, ...]:
+        """The op of this full name; its outputs always as a tuple."""
+        return self.node(op, (), dict(args)).outputs
 
     def reuse(self, path: str, *args: Any, **kwargs: Any) -> Value:
         """``op.<path>(...)``, or the value of the same call that stands earlier in the graph."""
@@ -206,6 +220,8 @@ class _Rewriter:
             for roots, found in self._matches(rule, node):
                 try:
                     new, made = self._attempt(rule, roots, found)
+                except NoMatch:
+                    continue
                 except Refusal as refusal:
                     reasons.append(str(refusal))
                     continue

@@ -22,7 +22,7 @@ from graphopt.ir import Graph, Node, TensorType, Value, Weight, leaves
 from graphopt.normalize import normalize
 from graphopt.patterns import Hole, NumberHole, Ops, TensorHole
 from graphopt.pipeline import Context, Pass
-from graphopt.rewrite import Build, Match, RewriteLog, Rule, apply_rules, require
+from graphopt.rewrite import Build, Match, RewriteLog, Rule, applies, apply_rules, require
 
 
 class DropAddZero(Rule):
@@ -54,7 +54,7 @@ class DropAndTrue(Rule):
         return op.bitwise_and(x, true) | op.bitwise_or(x, false)
 
     def rewrite(self, op: Build, m: Match) -> Value:
-        require(m.x.type.dtype == torch.bool, "not boolean")
+        applies(m.x.type.dtype == torch.bool)
         return _same_type(m)
 
 
@@ -100,7 +100,7 @@ class NumberOperand(Rule):
     def rewrite(self, op: Build, m: Match) -> Value:
         assert m.node.graph is not None
         weight = m.node.graph.weight_of(m.c)
-        require(weight is not None and m.c.type.shape == (), "no constant of one number")
+        applies(weight is not None and m.c.type.shape == ())
         assert weight is not None
         name, overload = m.op.split(".")
         result: Value = getattr(getattr(op, name), overload)(m.x, weight.load().item())

@@ -27,7 +27,7 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_op(
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? key_mask=None, Tensor? kv_lengths=None, "
     "Tensor? sinks=None, *, float scale, str causal='none', int window_left=-1, int window_right=-1, "
-    "float softcap=0.0) -> Tensor"
+    "float softcap=0.0, bool heads_last=False) -> Tensor"
 )
 def attention(
     q: Tensor,
@@ -43,6 +43,7 @@ def attention(
     window_left: int = -1,
     window_right: int = -1,
     softcap: float = 0.0,
+    heads_last: bool = False,
 ) -> Tensor:
     """``softmax(softcap(q @ k.T * scale) + bias, over visible keys) @ v``; grouped heads native.
 
@@ -56,9 +57,12 @@ def attention(
       the query's position are invisible in the two latter.
     - ``window_left``, ``window_right``: visible keys before and after the query's position, itself not counted; -1: all.
     - ``softcap`` c > 0: ``c * tanh(score / c)`` (Gemma 2).
+    - ``heads_last``: q, k, v and the result have the sequence before the heads, ``[B, S, H, D]``.
 
     A query that sees no key gives zeros.
     """
+    if heads_last:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     batch, heads, queries, _ = q.shape
     groups = heads // k.shape[1]
     if groups > 1:
@@ -81,7 +85,8 @@ def attention(
         weights = torch.nan_to_num(weights)  # only a row without any visible key has NaN
     if sinks is not None:
         weights = weights[..., :-1]
-    return torch.matmul(weights, v)
+    result = torch.matmul(weights, v)
+    return result.transpose(1, 2) if heads_last else result
 
 
 def _visible(
@@ -118,16 +123,19 @@ def _visible(
     return visible
 
 
-@_op("(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor")
-def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+@_op("(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, bool heads_last=False) -> Tensor")
+def rotary_embedding(
+    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, heads_last: bool = False
+) -> Tensor:
     """Rotate pairs of features by position (RoFormer, arXiv:2104.09864).
 
-    x ``[B, H, S, D]``; cos and sin ``[B or 1, S, R/2]`` with even R <= D: the first R features are rotated, the others
+    x ``[B, H, S, D]`` (``[B, S, H, D]`` with ``heads_last``); cos and sin ``[B or 1, S, R/2]`` with even R <= D: the first R features are rotated, the others
     pass. Pairs are ``(i, i + R/2)``, or ``(2i, 2i + 1)`` if ``interleaved``.
     """
     width = 2 * cos.shape[-1]
     rotated, passed = x[..., :width], x[..., width:]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    heads = 2 if heads_last else 1
+    cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
     if interleaved:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
     else:

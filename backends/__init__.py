@@ -1,0 +1,1 @@
+"""Backends: the ONNX emitter that engines share, ONNX Runtime, torch."""

@@ -1,0 +1,1 @@
+"""Graph -> ONNX: one emitter, a lowering table for each op, dialects for each reader."""

@@ -1,0 +1,211 @@
+"""``graphopt.attention`` in ONNX: the standard op, and the plain products that any reader takes.
+
+Masks: the key mask, lengths, windows and what causal cannot say are put together as one boolean ``[B or 1, 1, S, T]``,
+once for all layers that share them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from graphopt.backends.onnx.emitter import Emitter, Lowered, Reshaped, Unsupported
+from graphopt.dims import Size
+from graphopt.ir import Node, Value
+
+
+class Attention:
+    """A ``graphopt.attention`` node, read."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        args = node.args
+        self.q, self.k, self.v = args["q"], args["k"], args["v"]
+        self.last = args["heads_last"]
+        sequence, head = (1, 2) if self.last else (2, 1)
+        self.batch: Size = self.q.type.shape[0]
+        self.queries, self.keys = self.q.type.shape[sequence], self.k.type.shape[sequence]
+        self.heads, self.kv_heads = self.q.type.shape[head], self.k.type.shape[head]
+        self.size, self.value_size = self.q.type.shape[3], self.v.type.shape[3]
+        self.dtype = self.q.type.dtype
+        self.scale, self.softcap, self.causal = args["scale"], args["softcap"], args["causal"]
+        self.bias, self.sinks = args["bias"], args["sinks"]
+
+    @property
+    def masks_at_all(self) -> bool:
+        args = self.node.args
+        masked = any(args[key] is not None for key in ("bias", "key_mask", "kv_lengths"))
+        return masked or self.causal != "none" or args["window_left"] >= 0 or args["window_right"] >= 0
+
+    @property
+    def causal_is_upper_left(self) -> bool:
+        return self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys)
+
+    def heads_last(self, e: Emitter, value: Value, heads: Any, size: Any) -> ir.Value:
+        """q, k or v as ``[B, S, H*D]``."""
+        rows = self.queries if value is self.q else self.keys
+        source = e.elements(value) if self.last else e.op("Transpose", e.value(value), perm=[0, 2, 1, 3])
+        return e.reshape(source, (self.batch, rows, heads * size))
+
+    def heads_first(self, e: Emitter, value: Value) -> ir.Value:
+        """q, k or v as ``[B, H, S, D]``."""
+        return e.op("Transpose", e.value(value), perm=[0, 2, 1, 3]) if self.last else e.value(value)  # type: ignore[no-any-return]
+
+    def from_heads_last(self, e: Emitter, result: ir.Value) -> Lowered:
+        """A result ``[B, S, H*D]`` in the node's own layout."""
+        if self.last:
+            return Reshaped(result)
+        shaped = e.reshape(result, (self.batch, self.queries, self.heads, self.value_size))
+        return e.op("Transpose", shaped, perm=[0, 2, 1, 3])  # type: ignore[no-any-return]
+
+    def from_heads_first(self, e: Emitter, result: ir.Value) -> ir.Value:
+        return e.op("Transpose", result, perm=[0, 2, 1, 3]) if self.last else result  # type: ignore[no-any-return]
+
+    def visible(self, e: Emitter, with_causal: bool) -> ir.Value | None:
+        """Which keys each query may see, boolean, broadcasting to ``[B, 1, S, T]``; None for all. Without the bias."""
+        args = self.node.args
+        key = (
+            "visible", self.queries, self.keys, args["causal"] if with_causal else "none", args["window_left"],
+            args["window_right"], *(args[name] and args[name].name for name in ("key_mask", "kv_lengths")),
+        )  # fmt: skip
+        return e.once(key, lambda: self._visible(e, with_causal))  # type: ignore[no-any-return]
+
+    def _visible(self, e: Emitter, with_causal: bool) -> ir.Value | None:
+        args = self.node.args
+        parts: list[ir.Value] = []
+        key = functools.partial(self._positions, e, self.keys, "key")
+        query = functools.partial(self._query_positions, e)
+        if with_causal and self.causal != "none":
+            parts.append(e.op("LessOrEqual", key(), query()))
+        if args["window_left"] >= 0:
+            reach = e.constant(args["window_left"], torch.int64)
+            parts.append(e.op("LessOrEqual", e.op("Sub", query(), key()), reach))
+        if args["window_right"] >= 0:
+            reach = e.constant(args["window_right"], torch.int64)
+            parts.append(e.op("LessOrEqual", e.op("Sub", key(), query()), reach))
+        if args["key_mask"] is not None:
+            parts.append(e.op("Unsqueeze", e.value(args["key_mask"]), e.constant(np.array([1, 2], np.int64))))
+        if args["kv_lengths"] is not None:
+            lengths = e.cast(e.value(args["kv_lengths"]), args["kv_lengths"].type.dtype, torch.int64)
+            parts.append(e.op("Less", key(), e.op("Unsqueeze", lengths, e.constant(np.array([1, 2, 3], np.int64)))))
+        return functools.reduce(lambda a, b: e.op("And", a, b), parts) if parts else None
+
+    def _positions(self, e: Emitter, count: Size, name: str) -> ir.Value:
+        zero, one = (e.constant(np.array(number, np.int64)) for number in (0, 1))
+        return e.once(("positions", name, count), lambda: e.op("Range", zero, e.scalar(count), one))  # type: ignore[no-any-return]
+
+    def _query_positions(self, e: Emitter) -> ir.Value:
+        """``[S, 1]``: where each query stands among the keys."""
+
+        def make() -> Any:
+            column = e.op("Unsqueeze", self._positions(e, self.queries, "query"), e.constant(np.array([1], np.int64)))
+            if self.causal == "lower_right" and self.keys != self.queries:
+                return e.op("Add", column, e.scalar(self.keys - self.queries))
+            return column
+
+        return e.once(("query positions", self.queries, self.keys, self.causal), make)  # type: ignore[no-any-return]
+
+    def additive(self, e: Emitter, with_causal: bool) -> ir.Value | None:
+        """Everything that masks, bias included, as numbers to add to the scores; None if nothing masks."""
+        visible = self.visible(e, with_causal)
+        if visible is None and (self.bias is None or self.bias.type.dtype != torch.bool):
+            return None if self.bias is None else e.value(self.bias)
+
+        def make() -> Any:
+            both = visible
+            if self.bias is not None and self.bias.type.dtype == torch.bool:
+                both = e.value(self.bias) if visible is None else e.op("And", visible, e.value(self.bias))
+            zero, low = e.constant(0.0, self.dtype), e.constant(torch.finfo(self.dtype).min, self.dtype)
+            hidden = e.op("Where", both, zero, low)
+            if self.bias is not None and self.bias.type.dtype != torch.bool:
+                return e.op("Where", both, e.value(self.bias), low)
+            return hidden
+
+        return e.once(("additive", visible and visible.name, self.bias and self.bias.name, self.dtype), make)  # type: ignore[no-any-return]
+
+    def whole(self, e: Emitter, mask: ir.Value) -> ir.Value:
+        """A mask expanded to every query and key: onnxruntime refuses masks that broadcast over queries."""
+        one = e.size(1)
+        shape = e.op("Concat", one, one, e.size(self.queries), e.size(self.keys), axis=0)
+        return e.once(("whole", mask.name, self.queries, self.keys), lambda: e.op("Expand", mask, shape))  # type: ignore[no-any-return]
+
+    def require(self, condition: object, reason: str) -> None:
+        if not condition:
+            raise Unsupported(reason)
+
+
+def standard(mask_as: str, flat: bool) -> Callable[[Emitter, Node], Lowered]:
+    """ONNX Attention (opset 23) with a ``bool`` or ``float`` mask; ``flat``: on ``[B, S, H*D]``."""
+
+    def lower(e: Emitter, node: Node) -> Lowered:
+        a = Attention(node)
+        a.require(a.sinks is None, "attention sinks")
+        a.require(isinstance(a.heads, int) and isinstance(a.kv_heads, int), "a dynamic number of heads")
+        causal = a.causal_is_upper_left
+        if mask_as == "bool":
+            a.require(a.bias is None, "a bias is no boolean mask")
+            mask = a.visible(e, with_causal=not causal)
+        else:
+            mask = a.additive(e, with_causal=not causal)
+        mask = a.whole(e, mask) if mask is not None else None
+        attributes = {"scale": a.scale, "softcap": a.softcap or None, "is_causal": int(causal) or None}
+        if not flat:
+            parts = (a.heads_first(e, value) for value in (a.q, a.k, a.v))
+            return a.from_heads_first(e, e.op("Attention", *parts, mask, **attributes))
+        a.require(isinstance(a.size, int) and isinstance(a.value_size, int), "a dynamic head size")
+        sizes = ((a.q, a.heads, a.size), (a.k, a.kv_heads, a.size), (a.v, a.kv_heads, a.value_size))
+        parts = (a.heads_last(e, *each) for each in sizes)
+        result = e.op("Attention", *parts, mask, q_num_heads=a.heads, kv_num_heads=a.kv_heads, **attributes)
+        return a.from_heads_last(e, result)
+
+    return lower
+
+
+def products(e: Emitter, node: Node) -> Lowered:
+    """Matmul, softmax, matmul: any attention, for any reader."""
+    a = Attention(node)
+    a.require(isinstance(a.heads, int) and isinstance(a.kv_heads, int), "a dynamic number of heads")
+    q, k, v = (a.heads_first(e, value) for value in (a.q, a.k, a.v))
+    groups = a.heads // a.kv_heads
+    if groups > 1:
+        q = e.reshape(q, (a.batch, a.kv_heads, groups * a.queries, a.size))
+    scores = e.op("MatMul", e.op("Mul", q, e.constant(a.scale, a.dtype)), e.op("Transpose", k, perm=[0, 1, 3, 2]))
+    if groups > 1:
+        scores = e.reshape(scores, (a.batch, a.heads, a.queries, a.keys))
+    if a.softcap:
+        cap = e.constant(a.softcap, a.dtype)
+        scores = e.op("Mul", e.op("Tanh", e.op("Div", scores, cap)), cap)
+    mask = a.additive(e, with_causal=True)
+    if mask is not None:
+        scores = e.op("Add", scores, mask)
+    if a.sinks is not None:
+        scores = e.op("Concat", scores, _sinks(e, a), axis=-1)
+    weights = e.op("Softmax", scores, axis=-1)
+    if a.sinks is not None:
+        ends = (e.constant(np.array([0], np.int64)), e.size(a.keys), e.constant(np.array([-1], np.int64)))
+        weights = e.op("Slice", weights, *ends)
+    if groups > 1:
+        weights = e.reshape(weights, (a.batch, a.kv_heads, groups * a.queries, a.keys))
+    result = e.op("MatMul", weights, v)
+    if groups > 1:
+        result = e.reshape(result, (a.batch, a.heads, a.queries, a.value_size))
+    return a.from_heads_first(e, result)
+
+
+def _sinks(e: Emitter, a: Attention) -> ir.Value:
+    """The sinks' scores, ``[B, H, S, 1]``."""
+    column = e.reshape(e.arg(a.sinks, a.dtype), (1, a.heads, 1, 1))
+    return e.op("Expand", column, e.vector((a.batch, a.heads, a.queries, 1)))  # type: ignore[no-any-return]
+
+
+STANDARD_FORMS = {
+    "attention_float_mask": standard("float", flat=True),
+    "attention_bool_mask": standard("bool", flat=True),
+    "attention_4d_float_mask": standard("float", flat=False),
+    "products": products,
+}

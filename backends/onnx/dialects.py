@@ -1,0 +1,11 @@
+"""The dialects. ``standard``: any reader of opset 23; ``onnxruntime`` adds its contrib ops (see its backend)."""
+
+from __future__ import annotations
+
+from graphopt.backends.onnx.attention import STANDARD_FORMS
+from graphopt.backends.onnx.emitter import Dialect
+from graphopt.backends.onnx.lowerings import LOWERINGS
+
+OPSET = 23
+
+STANDARD = Dialect("standard", {"": OPSET}, LOWERINGS, {"graphopt.attention": STANDARD_FORMS})

@@ -1,0 +1,71 @@
+"""Weights into the model: streamed one by one into one external data file, or inline for small models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from io import RawIOBase
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from graphopt.backends.onnx.emitter import DTYPES, Emitter
+from graphopt.ir import Weight
+
+ALIGNMENT = 4096  # so that a reader can map the file into memory
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes, without a copy if it is contiguous in main memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def write_external(
+    emitter: Emitter, folder: Path, name: str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> str:
+    """Write every weight into ``folder/name`` and let the model refer to it. Holds one weight at a time.
+
+    Returns the file's sha256."""
+    initializers = emitter.model.graph.initializers
+    total = sum(weight.nbytes for weight in emitter.weights.values())
+    file_digest = hashlib.sha256()
+    offset = 0
+    with (folder / name).open("wb", buffering=0) as file:
+        for key, weight in emitter.weights.items():
+            gap = -offset % ALIGNMENT
+            data = raw_bytes(weight.load())
+            for part in (memoryview(bytes(gap)), data):
+                file_digest.update(part)
+                _write_all(file, part)
+            offset += gap
+            initializers[key].const_value = ir.ExternalTensor(
+                name, offset, len(data), DTYPES[weight.type.dtype],
+                shape=initializers[key].shape, name=key, base_dir=folder,
+            )  # fmt: skip
+            offset += len(data)
+            progress(offset, total)
+    return file_digest.hexdigest()
+
+
+def _write_all(file: RawIOBase, data: memoryview) -> None:
+    while len(data):
+        data = data[file.write(data) or 0 :]
+
+
+def embed(emitter: Emitter) -> None:
+    """Put every weight into the model itself. For models of one op or a few."""
+    for key, weight in emitter.weights.items():
+        initializer = emitter.model.graph.initializers[key]
+        initializer.const_value = _tensor(key, weight)
+
+
+def _tensor(name: str, weight: Weight) -> ir.TensorProtocol:
+    tensor = weight.load().detach().cpu().contiguous()
+    if weight.type.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return ir.Tensor(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16), name=name)
+    return ir.Tensor(tensor.numpy(), name=name)
+

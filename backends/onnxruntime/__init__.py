@@ -1,0 +1,1 @@
+"""ONNX Runtime: its dialect with contrib ops, tactics timed on the machine, the engine."""

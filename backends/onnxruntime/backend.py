@@ -1,0 +1,111 @@
+"""``backend: onnxruntime``: the onnxruntime dialect, tactics timed on this machine, an engine in a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+from pydantic import ValidationError
+from torch import Tensor
+
+from graphopt.backend import Backend, Built, Progress, no_progress
+from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
+from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.onnx.weights import embed
+from graphopt.backends.onnxruntime.dialect import onnxruntime_dialect
+from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, make_session, onnxruntime
+from graphopt.backends.onnxruntime.tactics import Tuner, cpu_features, tuning_sizes
+from graphopt.backends.quirks import quirks_in_force
+from graphopt.errors import PipelineError
+from graphopt.ir import Graph
+from graphopt.pipeline import Stopwatch, validation_message
+from graphopt.runtime.engine import Engine, to_numpy, to_torch
+from graphopt.schemas.common import Schema
+from graphopt.schemas.manifest import Manifest
+from graphopt.schemas.pipeline import TargetConfig
+
+
+class Options(Schema):
+    """``target.options`` of this backend. ``tune``: the sizes that tactics are timed at."""
+
+    tune: list[dict[str, int]] | None = None
+
+
+def tactics_file() -> Path:
+    """Where timed tactics are kept between builds."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "graphopt" / "tactics.json"
+
+
+class OnnxRuntimeBackend(Backend):
+    """ONNX Runtime on CPU or CUDA."""
+
+    name: ClassVar[str] = "onnxruntime"
+    standard_passes = (*STANDARD_PASSES[:-2], {"kind": "merge_linears", "allow_no_match": True}, *STANDARD_PASSES[-2:])
+
+    def __init__(self, target: TargetConfig) -> None:
+        super().__init__(target)
+        try:
+            self.options = Options(**target.options)
+        except ValidationError as error:
+            raise PipelineError(validation_message(error, Options.model_fields), where="target.options") from error
+        self.dialect = onnxruntime_dialect(onnxruntime().__version__)
+        self._tuner: Tuner | None = None
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {"onnxruntime": onnxruntime().__version__, "onnx-ir": version("onnx-ir")}
+
+    def stopwatch(self, graph: Graph) -> Stopwatch | None:
+        if self.target.tactics == "fixed" or self.target.provider != "cpu":
+            return None
+        if self._tuner is None:
+            sizes = self.options.tune or tuning_sizes(graph, graph.dims)
+            self._tuner = Tuner(self.dialect, sizes, self.target.threads, tactics_file())
+        return self._tuner
+
+    def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
+        progress("tactics", 0.0)
+        self.stopwatch(graph)
+        choose = self._tuner.choose if self._tuner else lambda node: None
+        emitter = Emitter(graph, self.dialect, choose)
+        built = write_model(emitter, folder, progress)
+        built.tactics = list(self._tuner.reports.values()) if self._tuner else []
+        return built
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
+        target = manifest.pipeline.get("target", {})
+        provider = options.pop("provider", None) or target.get("provider", "cpu")
+        threads = options.pop("threads", None) or target.get("threads")
+        if options:
+            raise PipelineError(f"the onnxruntime engine has no option {', '.join(options)}", hint="provider, threads")
+        return OnnxRuntimeEngine(folder, manifest, MODEL, provider, threads)
+
+    def inner_values(self, graph: Graph, names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+        emitter = Emitter(graph, self.dialect, self._tuner.choose if self._tuner else lambda node: None, show=names)
+        embed(emitter)
+        session = make_session(ir.to_proto(emitter.model).SerializeToString(), self.target.provider, self.target.threads)
+
+        def run(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            results = session.run(list(names), {name: to_numpy(tensor) for name, tensor in inputs.items()})
+            return {name: to_torch(array) for name, array in zip(names, results, strict=True)}
+
+        return run
+
+    @classmethod
+    def facts(cls) -> dict[str, str]:
+        ort = onnxruntime()
+        faults = [f"{quirk.text} ({quirk.action}, {quirk.reference})" for quirk in quirks_in_force(cls.name, ort.__version__)]
+        return {
+            "version": ort.__version__,
+            "providers": ", ".join(ort.get_available_providers()),
+            "device": ort.get_device(),
+            "CPU features": cpu_features(),
+            "faults in force": "; ".join(faults) or "none known",
+            "kept tactics": str(tactics_file()),
+        }

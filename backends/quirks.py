@@ -1,0 +1,56 @@
+"""Known faults of backend versions, as data. Every emission asks them; ``graphopt doctor`` prints those in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from packaging.specifiers import SpecifierSet
+
+from graphopt.ir import Node
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """``backend`` at ``versions`` goes wrong where ``condition(node, form)`` holds, ``form`` being the lowering's name.
+
+    ``rewrite`` takes another form of the op; ``refuse`` stops the build."""
+
+    backend: str
+    versions: str
+    condition: Callable[[Node, str], bool]
+    action: Literal["refuse", "rewrite"]
+    text: str
+    reference: str
+
+    def in_force(self, backend: str, version: str) -> bool:
+        return backend == self.backend and SpecifierSet(self.versions, prereleases=True).contains(version)
+
+
+def _causal_of_unequal_lengths(node: Node, form: str) -> bool:
+    if node.op != "graphopt.attention.default" or not form.startswith("attention"):
+        return False
+    sequence = 1 if node.args["heads_last"] else 2
+    return node.args["causal"] != "none" and node.args["q"].type.shape[sequence] != node.args["k"].type.shape[sequence]
+
+
+def _masked_multi_head_attention(node: Node, form: str) -> bool:
+    return form.startswith("multi_head") and node.args.get("key_mask") is not None
+
+
+QUIRKS: tuple[Quirk, ...] = (
+    Quirk(
+        "onnxruntime", "<1.27", _causal_of_unequal_lengths, "rewrite",
+        "Attention's is_causal counts from the lower right on CPU where the standard counts from the upper left",
+        "onnxruntime releases up to 1.26",
+    ),
+    Quirk(
+        "onnxruntime", "<1.28", _masked_multi_head_attention, "rewrite",
+        "MultiHeadAttention with a mask is slower than separate products", "microsoft/onnxruntime#29655",
+    ),
+)  # fmt: skip
+
+
+def quirks_in_force(backend: str, version: str) -> list[Quirk]:
+    return [quirk for quirk in QUIRKS if quirk.in_force(backend, version)]

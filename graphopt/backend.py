@@ -1,0 +1,99 @@
+"""What a backend is: builds an engine directory's model from a graph, loads it again, tells what it can do here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from graphopt.errors import MissingBackendError, PipelineError, nearest
+from graphopt.ir import Graph
+from graphopt.pipeline import Stopwatch
+from graphopt.runtime.engine import Engine
+from graphopt.schemas.manifest import Manifest
+from graphopt.schemas.pipeline import TargetConfig
+from graphopt.schemas.report import TacticReport
+
+BACKENDS = "graphopt.backends"  # the entry point group
+
+Progress = Callable[[str, float], None]  # (what is done, share between 0 and 1)
+
+
+def no_progress(what: str, share: float) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass
+class Built:
+    """What a build left in the folder: sha256 by file name, ops of the engine, tactics taken, things to tell the user."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    weights_digest: str = ""
+    ops: dict[str, int] = field(default_factory=dict)
+    tactics: list[TacticReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Backend(ABC):
+    """One target, configured. Registered by the entry point group ``graphopt.backends``."""
+
+    name: ClassVar[str]
+    #: Passes that suit the target, in order, where the pipeline names none.
+    standard_passes: ClassVar[Sequence[Mapping[str, Any]]] = ()
+
+    def __init__(self, target: TargetConfig) -> None:
+        self.target = target
+
+    @classmethod
+    @abstractmethod
+    def versions(cls) -> dict[str, str]:
+        """The versions of the packages it runs on. MissingBackendError if one is not installed."""
+
+    @abstractmethod
+    def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
+        """Write the model into ``folder``. LoweringError or BackendError if the target cannot take the graph."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
+        """The engine of a folder that ``build`` wrote."""
+
+    def stopwatch(self, graph: Graph) -> Stopwatch | None:
+        """Times graphs on the target at the sizes of ``graph.dims``; None where nothing is to be timed."""
+        return None
+
+    def inner_values(self, graph: Graph, names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+        """Runs the graph on the target and shows inner values, to find where an engine first differs."""
+        raise NotImplementedError
+
+    @classmethod
+    def facts(cls) -> dict[str, str]:
+        """What ``graphopt doctor`` prints: providers, devices, faults in force."""
+        return {}
+
+
+def known_backends() -> dict[str, type[Backend]]:
+    found: dict[str, type[Backend]] = {}
+    for point in sorted(entry_points(group=BACKENDS), key=lambda point: point.name):
+        loaded = point.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
+            raise PipelineError(f"the entry point {point.name!r} ({point.value}) is no graphopt Backend")
+        found[point.name] = loaded
+    return found
+
+
+def backend_class(name: str) -> type[Backend]:
+    known = known_backends()
+    if name not in known:
+        raise PipelineError(f"there is no backend {name!r}", where="target.backend", hint=nearest(name, known))
+    return known[name]
+
+
+def missing(package: str, extra: str) -> MissingBackendError:
+    """The error of a backend whose package is not installed."""
+    return MissingBackendError(f"{package} is not installed", hint=f"pip install 'graphopt[{extra}]'")

@@ -1,0 +1,1 @@
+"""Engines: what a build gives, called with numpy or torch tensors."""

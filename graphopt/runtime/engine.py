@@ -1,0 +1,81 @@
+"""The protocol of engines: named tensors in, named tensors out, checked before the backend sees them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphopt.errors import InputError
+from graphopt.execution import bind_dims
+from graphopt.ir import DTYPE_NAMES, DTYPES, DimRange, TensorType
+from graphopt.schemas.manifest import Manifest, TensorSpec
+from graphopt.text import parse_type
+
+
+class Engine(ABC):
+    """``engine(input_ids=..., attention_mask=...) -> {"logits": ...}``.
+
+    numpy arrays in give numpy arrays out, torch tensors give torch tensors. InputError says which input does not fit."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.inputs = {name: _type(spec) for name, spec in manifest.inputs.items()}
+        self.outputs = {name: _type(spec) for name, spec in manifest.outputs.items()}
+        self.dims = {name: DimRange(*bounds) for name, bounds in manifest.dims.items()}
+
+    def __call__(self, **tensors: Any) -> dict[str, Any]:
+        bind_dims(self.inputs, self.dims, {name: _signature(name, tensor) for name, tensor in tensors.items()})
+        torch_in = any(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+        return self.run(tensors, torch_in)
+
+    @abstractmethod
+    def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
+        """Run on checked inputs; results as torch tensors or numpy arrays."""
+
+    def __repr__(self) -> str:
+        parts = (f"{name}: {type}" for name, type in self.inputs.items())
+        results = (f"{name}: {type}" for name, type in self.outputs.items())
+        return f"<{self.manifest.backend} engine ({', '.join(parts)}) -> ({', '.join(results)})>"
+
+
+def _type(spec: TensorSpec) -> TensorType:
+    return parse_type(f"{spec.dtype}[{', '.join(map(str, spec.shape))}]")
+
+
+def spec_of(type: TensorType) -> TensorSpec:
+    return TensorSpec(
+        dtype=DTYPE_NAMES[type.dtype], shape=[size if isinstance(size, int) else str(size) for size in type.shape]
+    )
+
+
+def _signature(name: str, tensor: Any) -> tuple[str, tuple[int, ...]]:
+    if isinstance(tensor, torch.Tensor):
+        return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+    if isinstance(tensor, np.ndarray):
+        known = {"bool": "bool", "bfloat16": "bf16"}
+        short = known.get(tensor.dtype.name, tensor.dtype.kind + str(tensor.dtype.itemsize * 8))
+        return short if short in DTYPES else tensor.dtype.name, tensor.shape
+    raise InputError(f"input {name!r} is a {type(tensor).__name__}", hint="give a torch tensor or a numpy array")
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A torch tensor or numpy array as a contiguous array in main memory, without a copy where it is one."""
+    if isinstance(tensor, torch.Tensor):
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            array: np.ndarray = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return array
+        tensor = tensor.numpy()
+    return np.ascontiguousarray(tensor)
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

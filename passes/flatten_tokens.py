@@ -1,0 +1,134 @@
+"""Linears and what lies between them on ``[tokens, features]``, so that a backend runs them as plain matrix products.
+
+::
+
+    %l = aten.linear.default(input=%x, weight=%w)                %f = aten.reshape.default(self=%x, shape=[batch*sequence, 384])
+    %g = aten.gelu.default(self=%l)                       ->     %l = aten.linear.default(input=%f, weight=%w)
+                                                                 %g = aten.gelu.default(self=%l)
+                                                                 %r = aten.reshape.default(self=%g, shape=[batch, sequence, 384])
+
+Reshapes move down through whatever works token by token and meet the next linear's, where both go.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+from graphopt.dims import Size
+from graphopt.ir import Value
+from graphopt.passes.canonicalize import MergeReshapes
+from graphopt.patterns import Hole, Ops, Pattern, TensorHole
+from graphopt.pipeline import RulePass
+from graphopt.rewrite import Build, Match, Rule, applies, require
+
+UNARY = ("gelu", "silu", "relu", "tanh", "sigmoid", "neg", "graphopt.quick_gelu")
+NORMS = ("layer_norm", "rms_norm")
+BINARY = ("add", "mul", "graphopt.gated_activation")
+ADD_NORMS = ("graphopt.add_layer_norm", "graphopt.add_rms_norm")
+
+
+def _named(op: Ops, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), op)
+
+
+def _any_of(patterns: Iterable[Pattern]) -> Pattern:
+    return functools.reduce(operator.or_, patterns)
+
+
+def _only_tokens(flat: Value, value: Value) -> None:
+    """``value`` is ``flat``, ``[tokens, features]``, with the tokens split into several axes."""
+    applies(len(flat.type.shape) == 2 and len(value.type.shape) > 2)
+    applies(flat.type.shape[1] == value.type.shape[-1])
+
+
+def _tokens(shape: tuple[Size, ...]) -> Size:
+    return functools.reduce(operator.mul, shape[:-1], 1)
+
+
+class FlattenLinear(Rule):
+    """linear(x)  ->  reshape(linear(reshape(x, [tokens, features])))"""
+
+    def pattern(self, op: Ops, x: TensorHole, weight: TensorHole, bias: Hole) -> Any:
+        return op.linear(x, weight, bias)
+
+    def rewrite(self, op: Build, m: Match) -> Value:
+        shape = m.x.type.shape
+        applies(len(shape) > 2)
+        flat = op.reuse("reshape.default", m.x, (_tokens(shape), shape[-1]))
+        result: Value = op.reshape(op.linear(flat, m.weight, m.bias), m.roots[0].type.shape)
+        return result
+
+
+class FlattenUnary(Rule):
+    """f(reshape(x))  ->  reshape(f(x)) for f token by token"""
+
+    def pattern(self, op: Ops, x: TensorHole, shape: Hole) -> Any:
+        return _any_of(_named(op, path)(op.reshape(x, shape).shared(), ...) for path in UNARY + NORMS)
+
+    def rewrite(self, op: Build, m: Match) -> Value:
+        first = next(iter(m.node.args))
+        _only_tokens(m.x, m.node.args[first])
+        (flat,) = op.call(m.node.op, m.node.args | {first: m.x})
+        result: Value = op.reshape(flat, m.roots[0].type.shape)
+        return result
+
+
+class FlattenBinary(Rule):
+    """f(reshape(a), b)  ->  reshape(f(a, reshape(b))) for f token by token"""
+
+    def pattern(self, op: Ops, a: TensorHole, b: TensorHole, shape: Hole) -> Any:
+        flat = op.reshape(a, shape).shared()
+        return _any_of(
+            _named(op, path)(flat, b, ...).tag(flat=0) | _named(op, path)(b, flat, ...).tag(flat=1) for path in BINARY
+        )
+
+    def rewrite(self, op: Build, m: Match) -> Value:
+        (flat,) = _flatten_pair(op, m)
+        result: Value = op.reshape(flat, m.roots[0].type.shape)
+        return result
+
+
+class FlattenAddNorm(Rule):
+    """add_norm(reshape(a), b)  ->  reshape(add_norm(a, reshape(b)))"""
+
+    def __init__(self, path: str, flat: int) -> None:
+        self.path, self.flat = path, flat
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def pattern(self, op: Ops, a: TensorHole, b: TensorHole, shape: Hole) -> Any:
+        pair = [op.reshape(a, shape).shared(), b]
+        call = _named(op, self.path)(*(pair if self.flat == 0 else reversed(pair)), ...)
+        return call[0], call[1]
+
+    def rewrite(self, op: Build, m: Match) -> tuple[Value, ...]:
+        m.found.tags["flat"] = self.flat
+        return tuple(op.reshape(flat, m.roots[0].type.shape) for flat in _flatten_pair(op, m))
+
+
+def _flatten_pair(op: Build, m: Match) -> tuple[Value, ...]:
+    """The matched op with both of its first operands flat."""
+    names = list(m.node.args)[:2]
+    split = m.node.args[names[m.flat]]
+    _only_tokens(m.a, split)
+    require(m.b.type == split.type, "the operands differ in type")
+    other = op.reuse("reshape.default", m.b, m.a.type.shape)
+    pair = (m.a, other) if m.flat == 0 else (other, m.a)
+    return op.call(m.node.op, m.node.args | dict(zip(names, pair, strict=True)))
+
+
+class FlattenTokens(RulePass):
+    """Run linears, norms and activations on ``[tokens, features]``."""
+
+    kind: Literal["flatten_tokens"] = "flatten_tokens"
+
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+
+    def rules(self) -> list[Rule]:
+        add_norms = [FlattenAddNorm(path, flat) for path in ADD_NORMS for flat in (0, 1)]
+        return [FlattenLinear(), FlattenUnary(), FlattenBinary(), *add_norms, MergeReshapes()]
