@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt import operators
 from graphopt.dims import Dim, Size
+from graphopt.eager import path_name
 from graphopt.errors import GraphError, TracingError
 from graphopt.inference import size_from_torch
 from graphopt.ir import DimRange, Graph, TensorType, Value, Weight, map_arg
@@ -324,20 +325,13 @@ class _Importer:
         tree = pytree.tree_unflatten(list(range(len(kept))), self.program.call_spec.out_spec)  # type: ignore[arg-type]
         for path, index in pytree.tree_flatten_with_path(tree)[0]:
             if isinstance(kept[index], Value):
-                self.graph.outputs[_path_name(path)] = kept[index]
+                self.graph.outputs[path_name(path)] = kept[index]
 
 
 def _refuse_output(spec: Any) -> bool:
     if spec.kind is OutputKind.BUFFER_MUTATION:
         return False  # a buffer kept from call to call: an engine has no state, its next call starts anew
     raise TracingError(f"the module writes into {spec.target!r} ({spec.kind.name})", hint="do not change inputs in place")
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-    parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
-    if not parts:
-        return "output"
-    return ".".join(["output", *parts] if parts[0].isdigit() else parts)
 
 
 def _op_name(target: torch._ops.OpOverload) -> str:

@@ -1,0 +1,1 @@
+"""Speed and quality beside the peers. ``python -m benchmarks`` runs everything; see the Makefile."""

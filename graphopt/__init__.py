@@ -1,0 +1,16 @@
+"""graphopt: a declared list of passes takes a PyTorch transformer to a deployable engine, every step proven against eager."""
+
+from graphopt.artifact import load
+from graphopt.compiler import Compiled, compile, compile_file, verify
+from graphopt.errors import GraphoptError
+from graphopt.ir import DimRange, Graph
+from graphopt.models import Source, load_model
+from graphopt.parity import compare
+from graphopt.runtime.engine import Engine
+from graphopt.text import parse
+from graphopt.tracing import trace
+
+__all__ = [
+    "Compiled", "DimRange", "Engine", "Graph", "GraphoptError", "Source", "compare", "compile", "compile_file", "load",
+    "load_model", "parse", "trace", "verify",
+]  # fmt: skip

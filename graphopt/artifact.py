@@ -1,0 +1,132 @@
+"""The engine directory: written whole or not at all, checked when it is loaded.
+
+``manifest.json`` names every other file with its sha256; nothing in the directory is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from graphopt.backend import backend_class
+from graphopt.errors import EngineError
+from graphopt.ir import Graph
+from graphopt.runtime.engine import Engine
+from graphopt.schemas.manifest import FORMAT, Manifest
+from graphopt.text import parse
+
+MANIFEST, GRAPH = "manifest.json", "graph.gir"
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that becomes ``target`` if the block succeeds, and vanishes if it does not.
+
+    EngineError if ``target`` is something other than an engine directory, or the disk refuses to take the files."""
+    if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
+        raise EngineError(f"{target} exists and is no engine directory", hint="name a new directory, or remove it yourself")
+    folder: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield folder
+        folder.chmod(0o755)
+        _swap(folder, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise EngineError(
+            f"cannot write the engine: {reason}", where=str(error.filename or target), hint="nothing was left behind"
+        ) from error
+    finally:
+        if folder is not None and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, target: Path) -> None:
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / "engine")
+    try:
+        folder.rename(target)
+    except OSError:
+        (old / "engine").rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Complete the manifest with the digests of the folder's files that it does not know yet, and write it."""
+    files = dict(manifest.files)
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and path.name != MANIFEST:
+            files[path.name] = sha256(path)
+    manifest = manifest.model_copy(update={"files": files})
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """EngineError if there is none, it cannot be read, or it is of a newer format."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise EngineError(f"{folder} is no engine directory", where=str(path), hint="make one with graphopt compile")
+    try:
+        content = json.loads(path.read_text())
+        found = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"the manifest cannot be read: {error}", where=str(path), hint="compile the engine again") from error
+    if not isinstance(found, int) or found > FORMAT:
+        raise EngineError(
+            f"the engine has format {found}, this graphopt reads up to {FORMAT}",
+            where=str(path),
+            hint=f"it was made by graphopt {content.get('graphopt', '?')}: install that or a newer one",
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise EngineError(f"the manifest is damaged at {key}: {first['msg']}", where=str(path)) from error
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """EngineError for a file that is missing or is not what was written."""
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise EngineError(f"the manifest names {name!r}, which is outside the directory", where=str(folder))
+        if not path.is_file():
+            raise EngineError(f"{name} is missing", where=str(folder), hint="copy the whole directory, or compile again")
+        if sha256(path) != digest:
+            raise EngineError(f"{name} is damaged: its sha256 is not the manifest's", where=str(path), hint="compile again")
+
+
+def load(folder: str | Path, *, check: bool = True, **options: Any) -> Engine:
+    """The engine of a directory. ``check``: compare every file's sha256 first. ``options`` are the backend's (threads,
+    provider ...). EngineError if the directory is damaged or newer; MissingBackendError if its backend is not here."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if check:
+        check_files(folder, manifest)
+    return backend_class(manifest.backend).load(folder, manifest, **options)
+
+
+def read_graph(folder: str | Path) -> Graph:
+    """The compiled graph of an engine directory, without the weights' data."""
+    return parse((Path(folder) / GRAPH).read_text())

@@ -1,0 +1,256 @@
+"""Model in, engine directory out: trace, run the passes, build, prove."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from torch import nn
+
+from graphopt import artifact, models
+from graphopt.backend import Backend, Built, Progress, backend_class, no_progress
+from graphopt.eager import eager, kept
+from graphopt.errors import GraphError, ParityError, PipelineError
+from graphopt.ir import DimRange, Graph
+from graphopt.models import Source, load_model
+from graphopt.parity import Contract, bisect, judge
+from graphopt.pipeline import Context, Instrument, Pass, Proof, broken, load_passes, run_passes, validation_message
+from graphopt.probes import make_probes
+from graphopt.runtime.engine import Engine, spec_of
+from graphopt.schemas.manifest import Manifest
+from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig
+from graphopt.schemas.report import BuildReport, PassReport, StageParity
+from graphopt.tracing import trace
+
+
+@dataclass
+class Compiled:
+    """A finished build: the directory, the loaded engine, what was done."""
+
+    folder: Path
+    engine: Engine
+    manifest: Manifest
+
+    @property
+    def report(self) -> BuildReport:
+        return self.manifest.report
+
+
+@dataclass
+class _Build:
+    """One build in progress."""
+
+    source: Source
+    backend: Backend
+    steps: list[Pass]
+    parity: Budget | None
+    force: bool
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self.progress(name, 0.0)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+        self.progress(name, 1.0)
+
+
+def read_config(file: str | Path) -> PipelineConfig:
+    """A pipeline file in YAML. PipelineError names the key that is wrong."""
+    path = Path(file)
+    if not path.is_file():
+        raise PipelineError(f"there is no pipeline file {path}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise PipelineError(f"not YAML: {str(error).splitlines()[0]}", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise PipelineError("a pipeline file is a mapping with the key model", where=str(path))
+    return parse_config(content, str(path))
+
+
+def parse_config(content: Mapping[str, Any], where: str) -> PipelineConfig:
+    try:
+        return PipelineConfig.model_validate(content)
+    except ValidationError as error:
+        fields = {*PipelineConfig.model_fields, *TargetConfig.model_fields}
+        raise PipelineError(validation_message(error, fields), where=where) from error
+
+
+def compile_file(
+    file: str | Path, out: str | Path, *, force: bool = False, progress: Progress = no_progress
+) -> Compiled:
+    """Compile what a pipeline file declares. Passes and target are checked before the model is read."""
+    config = read_config(file)
+    backend = backend_class(config.target.backend)(config.target)
+    steps = load_passes(backend.standard_passes if config.passes is None else config.passes, file=str(file))
+    progress("load", 0.0)
+    source = load_model(config.model, Path(file).parent)
+    dims = {name: DimRange(*bounds) for name, bounds in config.dims.items()}
+    return _compile(_Build(source, backend, steps, config.parity, force, progress), Path(out), dims)
+
+
+def compile(
+    model: str | Source,
+    out: str | Path,
+    *,
+    passes: Sequence[Mapping[str, Any] | Pass] | None = None,
+    target: TargetConfig | Mapping[str, Any] | None = None,
+    dims: Mapping[str, tuple[int, int | None]] | None = None,
+    parity: Budget | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+    instruments: Sequence[Instrument] = (),
+) -> Compiled:
+    """Compile a model (a name for :func:`graphopt.models.load_model`, or a Source) into the engine directory ``out``.
+
+    ``passes``: declarations or Pass objects, by default the target's standard list. ``dims``: the range of each named
+    size. ``parity``: a budget in place of the passes' own contracts. ``force``: write down broken contracts instead of
+    stopping. Every pass and the engine are compared with the eager model on probe inputs; ParityError names the pass and
+    the value that is wrong."""
+    if not isinstance(target, TargetConfig):
+        target = parse_config({"model": "-", "target": dict(target or {})}, "target").target
+    backend = backend_class(target.backend)(target)
+    steps = load_passes(backend.standard_passes if passes is None else passes)
+    source = load_model(model) if isinstance(model, str) else model
+    ranges = {name: DimRange(*bounds) for name, bounds in (dims or {}).items()}
+    return _compile(_Build(source, backend, steps, parity, force, progress), Path(out), ranges, instruments)
+
+
+def _compile(
+    build: _Build, out: Path, dims: Mapping[str, DimRange], instruments: Sequence[Instrument] = ()
+) -> Compiled:
+    with artifact.staged(out) as folder:
+        with build.part("trace"):
+            graph = trace(build.source.module, build.source.inputs, build.source.axes, {**build.source.dims, **dims})
+        with build.part("probe"):
+            proof = make_proof(build.source, graph)
+        traced = _check_trace(build, graph, proof)
+        with build.part("passes"):
+            reports = run_passes(
+                graph, build.steps, context=Context(build.backend.stopwatch(graph)), proof=proof,
+                override=build.parity, force=build.force, instruments=[*instruments, _Announcer(build)],
+            )  # fmt: skip
+        with build.part("build"):
+            built = build.backend.build(graph, folder, build.progress)
+        (folder / artifact.GRAPH).write_text(graph.text(origins=True))
+        models.copy_tokenizer(build.source, folder)
+        manifest = _manifest(build, graph, built, reports, traced)
+        with build.part("engine"):
+            engine = type(build.backend).load(folder, manifest)
+            checked = _check_engine(build, graph, engine, proof)
+        report = manifest.report.model_copy(update={"engine": checked, "seconds": build.seconds})
+        manifest = artifact.write_manifest(folder, manifest.model_copy(update={"report": report}))
+        engine.manifest = manifest
+    return Compiled(out, engine, manifest)
+
+
+class _Announcer:
+    """Tells the progress which pass is running."""
+
+    def __init__(self, build: _Build) -> None:
+        self.build, self.done = build, 0
+
+    def before(self, step: Pass, graph: Graph) -> None:
+        self.build.progress(f"pass {step.kind}", self.done / max(len(self.build.steps), 1))
+
+    def after(self, step: Pass, graph: Graph, report: PassReport) -> None:
+        self.done += 1
+
+
+def make_proof(source: Source, graph: Graph) -> Proof:
+    """Probes for the graph and eager's outputs on them."""
+    probes = make_probes(source.sample(), graph.dims, source.traced, source.mask if source.mask in graph.inputs else None)
+    call = eager(source.module)
+    references = [kept(call(**probe.inputs), graph.outputs) for probe in probes]
+    for probe in probes:
+        for name in probe.inputs.keys() - graph.inputs.keys():
+            del probe.inputs[name]
+    return Proof(probes, references)
+
+
+def _check_trace(build: _Build, graph: Graph, proof: Proof) -> StageParity:
+    parity = proof.of_graph(graph, Exact())
+    if not (parity.holds or build.force):
+        raise broken("the trace", parity, None)
+    return parity
+
+
+def _check_engine(build: _Build, graph: Graph, engine: Engine, proof: Proof) -> StageParity:
+    parity = proof.of_engine(engine, final_contract(build.steps, build.parity))
+    if parity.holds or build.force:
+        return parity
+    raise broken("the engine", parity, first_engine_difference(build.backend, graph, proof))
+
+
+def final_contract(steps: Sequence[Pass], override: Budget | None) -> Contract:
+    """What the engine is held to: the override, or the last budget of the passes, or rounding."""
+    budgets = [contract for step in steps if isinstance(contract := step.contract(), Budget)]
+    return override or (budgets[-1] if budgets else Exact())
+
+
+def first_engine_difference(backend: Backend, graph: Graph, proof: Proof) -> Any:
+    """Run the graph on the backend with every inner value shown; the first that is not the interpreter's."""
+    names = [value.name for node in graph.nodes for value in node.outputs]
+    try:
+        show = backend.inner_values(graph, names)
+    except (NotImplementedError, GraphError):
+        return None
+    found = (bisect(graph, show, probe) for probe in proof.probes)
+    return next((difference for difference in found if difference is not None), None)
+
+
+def _manifest(
+    build: _Build, graph: Graph, built: Built, reports: list[PassReport], traced: StageParity
+) -> Manifest:
+    packages = {name: version(name) for name in ("torch", "transformers")} | type(build.backend).versions()
+    report = BuildReport(
+        trace=traced, passes=reports, tactics=built.tactics, engine_ops=built.ops, warnings=built.warnings
+    )
+    return Manifest(
+        graphopt=version("graphopt"),
+        versions=packages,
+        model=build.source.name,
+        weights_digest=built.weights_digest,
+        pipeline={
+            "passes": [step.model_dump(mode="json") for step in build.steps],
+            "target": build.backend.target.model_dump(mode="json"),
+            "parity": build.parity.model_dump(mode="json") if build.parity else None,
+        },
+        backend=build.backend.name,
+        dims={name: (bounds.min, bounds.max) for name, bounds in graph.dims.items()},
+        inputs={name: spec_of(value.type) for name, value in graph.inputs.items()},
+        outputs={name: spec_of(value.type) for name, value in graph.outputs.items()},
+        mask=build.source.mask if build.source.mask in graph.inputs else None,
+        report=report,
+        files=built.files,
+    )
+
+
+def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
+    """Compare an engine directory with a model again, on fresh probes. ParityError if it breaks its contract."""
+    engine = artifact.load(folder)
+    source = model if isinstance(model, Source) else load_model(model) if isinstance(model, str) else models.text_source(model)
+    probes = make_probes(source.sample(), engine.dims, source.traced, engine.manifest.mask, seed=1)
+    call = eager(source.module)
+    references = [kept(call(**probe.inputs), engine.outputs) for probe in probes]
+    candidates = [engine(**{name: probe.inputs[name] for name in engine.inputs}) for probe in probes]
+    missing = engine.outputs.keys() - references[0].keys()
+    if missing:
+        raise ParityError(f"the model has no output {', '.join(sorted(missing))}", hint="is it the model the engine was made of?")
+    stage = engine.manifest.report.engine
+    contract: Contract = Exact()
+    if stage is not None and stage.contract != "exact":
+        contract = Budget(metric=stage.metric, limit=stage.limit)  # type: ignore[arg-type]  # written by judge
+    gc.collect()
+    return judge(contract, probes, references, candidates)
