@@ -58,7 +58,7 @@ def _infer(op: str, args: Mapping[str, Any]) -> tuple[TensorType, ...]:
 
     with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=False), _quiet(), torch.no_grad():
         try:
-            results = operators.call(op, {name: map_arg(arg, fake) for name, arg in args.items()}, "cpu")
+            results = operators.shapes_of(op, {name: map_arg(arg, fake) for name, arg in args.items()}, "cpu")
         except Exception as error:
             operands = ", ".join(f"{n}={map_arg(a, _show)}" for n, a in args.items())
             raise GraphError(f"{op}({operands}) has no type: {str(error).splitlines()[0]}") from error
@@ -86,7 +86,7 @@ def rederive(op: str, args: Mapping[str, Any], env: Mapping[str, int]) -> tuple[
             return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if isinstance(leaf, TensorType) else leaf
 
         with torch.no_grad():
-            results = operators.call(op, {name: map_arg(arg, meta) for name, arg in bound.items()}, "meta")
+            results = operators.shapes_of(op, {name: map_arg(arg, meta) for name, arg in bound.items()}, "meta")
         _derived[signature] = tuple(TensorType(r.dtype, tuple(r.shape)) for r in results)
     return _derived[signature]
 

@@ -139,7 +139,7 @@ def text_source(module: Any, *, name: str = "model", files: Path | None = None) 
             hint="write a factory that returns a graphopt.Source with example inputs",
         )
     takes = inspect.signature(module.forward).parameters
-    ids = torch.arange(2 * 9).reshape(2, 9) % config.vocab_size
+    ids = torch.arange(2 * 6).reshape(2, 6) % config.vocab_size
     inputs: dict[str, Tensor | None] = {"input_ids": ids}
     if "attention_mask" in takes:
         inputs["attention_mask"] = torch.ones_like(ids)
@@ -148,7 +148,7 @@ def text_source(module: Any, *, name: str = "model", files: Path | None = None) 
     axes: dict[str, tuple[str | None, ...]] = {key: ("batch", "sequence") for key in inputs}
     vocabulary = {"input_ids": config.vocab_size, "token_type_ids": getattr(config, "type_vocab_size", 1)}
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:, :7].clone()
+        inputs["decoder_input_ids"] = ids[:, :5].clone()
         axes["decoder_input_ids"] = ("batch", "decoder_sequence")
         vocabulary["decoder_input_ids"] = config.vocab_size
     longest = getattr(config, "max_position_embeddings", None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import graphopt.ops  # noqa: F401  (registers the graphopt:: ops)
+import graphopt.ops
 from graphopt.errors import GraphError, nearest
 
 #: Arguments that say where and how a tensor lies in memory. A graph says only what is computed, so it holds none of them.
@@ -38,6 +38,16 @@ def parameters(op: str) -> tuple[torch._C.Argument, ...]:
 
 
 @cache
+def _order(op: str) -> tuple[str, ...]:
+    return tuple(argument.name for argument in parameters(op))
+
+
+@cache
+def _names(op: str) -> frozenset[str]:
+    return frozenset(_order(op))
+
+
+@cache
 def takes_device(op: str) -> bool:
     return any(a.name == "device" for a in resolve(op)._schema.arguments)
 
@@ -56,6 +66,8 @@ def default(op: str, name: str) -> Any:
 
 def bind(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument by its schema name, defaults filled in, placement left out. GraphError if they do not fit."""
+    if not args and kwargs.keys() == _names(op):
+        return {name: tuple(value) if isinstance(value := kwargs[name], list) else value for name in _order(op)}
     bound: dict[str, Any] = {}
     all_names = [a.name for a in resolve(op)._schema.arguments]
     given = dict(zip(all_names, args, strict=False))
@@ -78,10 +90,17 @@ def bind(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
     return bound
 
 
+def shapes_of(op: str, args: Mapping[str, Any], device: str) -> tuple[torch.Tensor, ...]:
+    """Results of the right dtype and shape, without values: by the op's own shape function if it has one."""
+    own = graphopt.ops.SHAPES.get(op)
+    return own(args) if own is not None else call(op, args, device)
+
+
 def call(op: str, args: Mapping[str, Any], device: torch.device | str | None = None) -> tuple[torch.Tensor, ...]:
     """Run the op on real values; the results always as a tuple. ``device`` is where factory ops make their tensor."""
-    positional = [args[a.name] for a in parameters(op) if not a.kwarg_only and _positional(op, a.name)]
-    keywords = {a.name: args[a.name] for a in parameters(op) if a.kwarg_only or not _positional(op, a.name)}
+    first, rest = _calling(op)
+    positional = [args[name] for name in first]
+    keywords = {name: args[name] for name in rest}
     if device is not None and takes_device(op):
         keywords["device"] = device
     result = resolve(op)(*positional, **keywords)
@@ -91,6 +110,12 @@ def call(op: str, args: Mapping[str, Any], device: torch.device | str | None = N
 
 
 @cache
+def _calling(op: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names to pass by position and those to pass by keyword."""
+    first = tuple(a.name for a in parameters(op) if not a.kwarg_only and _positional(op, a.name))
+    return first, tuple(name for name in _order(op) if name not in first)
+
+
 def _positional(op: str, name: str) -> bool:
     """Whether all arguments before this one are kept as well, so that it may be passed by position."""
     for argument in resolve(op)._schema.arguments:

@@ -60,23 +60,32 @@ def _compare_one(name: str, expected: Tensor, got: Tensor, mask: Tensor | None) 
     expected, got = select(expected, mask), select(got, mask)
     if not expected.numel():
         return OutputParity(max_abs=0, relative=0, cosine=1, snr=math.inf, compared=0, left_out=total)
-    a, b = expected.double().flatten(), got.double().flatten()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
+    a, b = (_as_numbers(tensor) for tensor in (expected, got))
+    difference = (a - b).abs()
     max_abs = float(difference.max())
-    finite = a[a.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    noise, signal = float(difference.square().sum()), float(finite.square().sum())
-    norms = float(a.norm() * b.norm())
-    cosine = 1.0 if max_abs == 0 else float(a @ b) / norms if norms and math.isfinite(norms) else 0.0
+    if not math.isfinite(max_abs):  # NaN or infinity somewhere: equal ones are no difference
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = difference.masked_fill(same, 0.0).nan_to_num(math.inf, math.inf)
+        a, b = a.nan_to_num(0.0, 0.0, 0.0), b.nan_to_num(0.0, 0.0, 0.0)
+        max_abs = float(difference.max())
+    scale = float(a.abs().max())
+    noise, signal, other = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (difference, a, b))
+    # a.b = (|a|^2 + |b|^2 - |a - b|^2) / 2, from norms that are summed in double precision
+    cosine = (signal**2 + other**2 - noise**2) / (2 * signal * other) if signal and other else float(noise == 0)
     return OutputParity(
         max_abs=max_abs,
         relative=max_abs / scale if scale else max_abs,
-        cosine=cosine if math.isfinite(cosine) else -1.0,
-        snr=math.inf if not noise else -math.inf if not signal else 10 * math.log10(signal / noise),
+        cosine=max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else -1.0,
+        snr=math.inf if not noise else -math.inf if not signal else 20 * math.log10(signal / noise),
         compared=a.numel(),
         left_out=total - a.numel(),
     )
+
+
+def _as_numbers(tensor: Tensor) -> Tensor:
+    """Floats as they are (16-bit ones widened), everything else in double precision."""
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    return tensor.flatten() if wide else tensor.flatten().to(torch.float32 if tensor.is_floating_point() else torch.float64)
 
 
 def select(tensor: Tensor, mask: Tensor | None) -> Tensor:

@@ -71,12 +71,12 @@ def ragged_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def make_probes(
     sample: Sampler, dims: Mapping[str, DimRange], traced: Mapping[str, int], mask: str | None, seed: int = 0
 ) -> list[Probe]:
-    """Three probes: the traced sizes, larger odd ones, and the smallest that ``dims`` allows."""
+    """Three probes: other sizes than the traced ones, the traced ones, and the smallest that ``dims`` allows."""
     generator = torch.Generator().manual_seed(seed)
-    larger = {name: _clamp(traced[name] * 2 + 3 + index, bounds) for index, (name, bounds) in enumerate(dims.items())}
+    other = {name: _clamp(traced[name] + 1 + 2 * index, bounds) for index, (name, bounds) in enumerate(dims.items())}
     smallest = {name: bounds.min for name, bounds in dims.items()}
     probes = []
-    for sizes in (dict(traced), larger, smallest):
+    for sizes in (other, dict(traced), smallest):
         if any(probe.sizes == sizes for probe in probes):
             continue
         inputs = sample(sizes, generator)

@@ -1,11 +1,12 @@
 """The ``graphopt::`` torch ops. Each body is plain torch: the definition that passes, backends and tests are held to.
 
-They are registered as composites, so one body serves values, shapes (meta and fake tensors) and gradients alike.
+They are registered as composites, so that one body serves values and gradients alike. ``SHAPES`` has for each op a function
+that says only what shape comes out: type inference runs that instead of the body.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ from torch.nn import functional
 _library = torch.library.Library("graphopt", "DEF")
 
 
-def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+#: By op name: (arguments by name) -> empty results of the right dtype and shape.
+SHAPES: dict[str, Callable[[Mapping[str, Any]], tuple[Tensor, ...]]] = {}
+
+
+def _op(
+    schema: str, shapes: Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
         _library.define(f"{body.__name__}{schema}")
         _library.impl(body.__name__, body, "CompositeImplicitAutograd")
+        SHAPES[f"graphopt.{body.__name__}.default"] = shapes
         return body
 
     return register
@@ -27,7 +35,8 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_op(
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? key_mask=None, Tensor? kv_lengths=None, "
     "Tensor? sinks=None, *, float scale, str causal='none', int window_left=-1, int window_right=-1, "
-    "float softcap=0.0, bool heads_last=False) -> Tensor"
+    "float softcap=0.0, bool heads_last=False) -> Tensor",
+    shapes=lambda args: (_check_attention(args["q"], args["k"], args["v"], args["heads_last"]),),
 )
 def attention(
     q: Tensor,
@@ -89,6 +98,23 @@ def attention(
     return result.transpose(1, 2) if heads_last else result
 
 
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, heads_last: bool) -> Tensor:
+    """The empty result. ValueError if q, k and v do not fit together."""
+    heads = 2 if heads_last else 1
+    if not (q.ndim == k.ndim == v.ndim == 4 and q.dtype == k.dtype == v.dtype):
+        raise ValueError("q, k and v are of one dtype and four dimensions")
+    if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
+    if q.shape[heads] % k.shape[heads]:
+        raise ValueError(f"{q.shape[heads]} query heads cannot share {k.shape[heads]} key heads")
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _like(*names: str) -> Callable[[Mapping[str, Any]], tuple[Tensor, ...]]:
+    """Results of the shapes of these arguments."""
+    return lambda args: tuple(args[name].new_empty(args[name].shape) for name in names)
+
+
 def _visible(
     keys: int,
     queries: int,
@@ -123,7 +149,7 @@ def _visible(
     return visible
 
 
-@_op("(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, bool heads_last=False) -> Tensor")
+@_op("(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, bool heads_last=False) -> Tensor", _like("x"))
 def rotary_embedding(
     x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, heads_last: bool = False
 ) -> Tensor:
@@ -147,7 +173,8 @@ def rotary_embedding(
 
 @_op(
     "(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
-    "float eps=1e-05) -> (Tensor, Tensor)"
+    "float eps=1e-05) -> (Tensor, Tensor)",
+    shapes=_like("x", "x"),
 )
 def add_layer_norm(
     x: Tensor,
@@ -163,7 +190,8 @@ def add_layer_norm(
 
 
 @_op(
-    "(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> (Tensor, Tensor)"
+    "(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> (Tensor, Tensor)",
+    shapes=_like("x", "x"),
 )
 def add_rms_norm(
     x: Tensor, residual: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
@@ -182,13 +210,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@_op("(Tensor gate, Tensor up, *, str activation) -> Tensor")
+@_op("(Tensor gate, Tensor up, *, str activation) -> Tensor", _like("gate"))
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     """``activation(gate) * up``: SwiGLU with ``silu``, GeGLU with ``gelu`` or ``gelu_tanh`` (arXiv:2002.05202)."""
     return ACTIVATIONS[activation](gate) * up
 
 
-@_op("(Tensor x, *, float alpha=1.702) -> Tensor")
+@_op("(Tensor x, *, float alpha=1.702) -> Tensor", _like("x"))
 def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
     """``x * sigmoid(alpha * x)`` (GELU's sigmoid approximation, arXiv:1606.08415)."""
     return x * torch.sigmoid(alpha * x)
