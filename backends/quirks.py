@@ -32,7 +32,8 @@ def _causal_of_unequal_lengths(node: Node, form: str) -> bool:
     if node.op != "graphopt.attention.default" or not form.startswith("attention"):
         return False
     sequence = 1 if node.args["heads_last"] else 2
-    return node.args["causal"] != "none" and node.args["q"].type.shape[sequence] != node.args["k"].type.shape[sequence]
+    queries, keys = (node.args[name].type.shape[sequence] for name in ("q", "k"))
+    return bool(node.args["causal"] != "none" and queries != keys)
 
 
 def _masked_multi_head_attention(node: Node, form: str) -> bool:

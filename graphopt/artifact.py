@@ -32,7 +32,9 @@ def staged(target: Path) -> Iterator[Path]:
 
     EngineError if ``target`` is something other than an engine directory, or the disk refuses to take the files."""
     if target.exists() and not (target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))):
-        raise EngineError(f"{target} exists and is no engine directory", hint="name a new directory, or remove it yourself")
+        raise EngineError(
+            f"{target} exists and is no engine directory", hint="name a new directory, or remove it yourself"
+        )
     folder: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,9 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text())
         found = content["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"the manifest cannot be read: {error}", where=str(path), hint="compile the engine again") from error
+        raise EngineError(
+            f"the manifest cannot be read: {error}", where=str(path), hint="compile the engine again"
+        ) from error
     if not isinstance(found, int) or found > FORMAT:
         raise EngineError(
             f"the engine has format {found}, this graphopt reads up to {FORMAT}",
@@ -112,9 +116,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if Path(name).name != name:
             raise EngineError(f"the manifest names {name!r}, which is outside the directory", where=str(folder))
         if not path.is_file():
-            raise EngineError(f"{name} is missing", where=str(folder), hint="copy the whole directory, or compile again")
+            raise EngineError(
+                f"{name} is missing", where=str(folder), hint="copy the whole directory, or compile again"
+            )
         if sha256(path) != digest:
-            raise EngineError(f"{name} is damaged: its sha256 is not the manifest's", where=str(path), hint="compile again")
+            raise EngineError(
+                f"{name} is damaged: its sha256 is not the manifest's", where=str(path), hint="compile again"
+            )
 
 
 def load(folder: str | Path, *, check: bool = True, **options: Any) -> Engine:

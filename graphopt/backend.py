@@ -67,7 +67,9 @@ class Backend(ABC):
         """Times graphs on the target at the sizes of ``graph.dims``; None where nothing is to be timed."""
         return None
 
-    def inner_values(self, graph: Graph, names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    def inner_values(
+        self, graph: Graph, names: Sequence[str]
+    ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
         """Runs the graph on the target and shows inner values, to find where an engine first differs."""
         raise NotImplementedError
 

@@ -182,7 +182,9 @@ class _Announcer:
 
 def make_proof(source: Source, graph: Graph) -> Proof:
     """Probes for the graph and eager's outputs on them."""
-    probes = make_probes(source.sample(), graph.dims, source.traced, source.mask if source.mask in graph.inputs else None)
+    probes = make_probes(
+        source.sample(), graph.dims, source.traced, source.mask if source.mask in graph.inputs else None
+    )
     call = eager(source.module)
     references = [kept(call(**probe.inputs), graph.outputs) for probe in probes]
     for probe in probes:
@@ -222,9 +224,7 @@ def first_engine_difference(backend: Backend, graph: Graph, proof: Proof) -> Any
     return next((difference for difference in found if difference is not None), None)
 
 
-def _manifest(
-    build: _Build, graph: Graph, built: Built, reports: list[PassReport], traced: StageParity
-) -> Manifest:
+def _manifest(build: _Build, graph: Graph, built: Built, reports: list[PassReport], traced: StageParity) -> Manifest:
     packages = {name: version(name) for name in ("torch", "transformers")} | type(build.backend).versions()
     report = BuildReport(
         trace=traced, passes=reports, tactics=built.tactics, engine_ops=built.ops, warnings=built.warnings
@@ -252,16 +252,24 @@ def _manifest(
 def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     """Compare an engine directory with a model again, on fresh probes. ParityError if it breaks its contract."""
     engine = artifact.load(folder)
-    source = model if isinstance(model, Source) else load_model(model) if isinstance(model, str) else models.text_source(model)
+    source = (
+        model
+        if isinstance(model, Source)
+        else load_model(model)
+        if isinstance(model, str)
+        else models.text_source(model)
+    )
     probes = make_probes(source.sample(), engine.dims, source.traced, engine.manifest.mask, seed=1)
     call = eager(source.module)
     references = [kept(call(**probe.inputs), engine.outputs) for probe in probes]
     candidates = [engine(**{name: probe.inputs[name] for name in engine.inputs}) for probe in probes]
     missing = engine.outputs.keys() - references[0].keys()
     if missing:
-        raise ParityError(f"the model has no output {', '.join(sorted(missing))}", hint="is it the model the engine was made of?")
+        raise ParityError(
+            f"the model has no output {', '.join(sorted(missing))}", hint="is it the model the engine was made of?"
+        )
     stage = engine.manifest.report.engine
     contract: Contract = Exact()
     if stage is not None and stage.contract != "exact":
-        contract = Budget(metric=stage.metric, limit=stage.limit)  # type: ignore[arg-type]  # written by judge
+        contract = Budget(metric=stage.metric, limit=stage.limit)
     return judge(contract, probes, references, candidates)

@@ -61,7 +61,9 @@ class Dim:
         try:
             return _from_ast(ast.parse(text, mode="eval").body)
         except (SyntaxError, ValueError) as error:
-            raise ParseError(f"not a size: {text!r} ({error})", hint="use names, + - * // %, max(a, b), min(a, b)") from None
+            raise ParseError(
+                f"not a size: {text!r} ({error})", hint="use names, + - * // %, max(a, b), min(a, b)"
+            ) from None
 
     def __add__(self, other: Size) -> Size:
         terms = dict(self.terms)
@@ -90,16 +92,16 @@ class Dim:
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Size) -> Size:
-        return floordiv(self, other)
+        return cast("Size", floordiv(self, other))
 
     def __rfloordiv__(self, other: int) -> Size:
-        return floordiv(other, self)
+        return cast("Size", floordiv(other, self))
 
     def __mod__(self, other: Size) -> Size:
-        return mod(self, other)
+        return cast("Size", mod(self, other))
 
     def __rmod__(self, other: int) -> Size:
-        return mod(other, self)
+        return cast("Size", mod(other, self))
 
     def __str__(self) -> str:
         text = ""
@@ -222,7 +224,7 @@ def _extreme(fn: str, pick: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
             return pick(a, b)
         import torch
 
-        return torch.sym_max(a, b) if fn == "max" else torch.sym_min(a, b)
+        return (torch.sym_max if fn == "max" else torch.sym_min)(a, b)  # type: ignore[no-untyped-call]
 
     return apply
 
@@ -258,7 +260,7 @@ def _from_ast(node: ast.expr) -> Size:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_from_ast(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        return cast(Size, _BINARY[type(node.op)](_from_ast(node.left), _from_ast(node.right)))
+        return cast("Size", _BINARY[type(node.op)](_from_ast(node.left), _from_ast(node.right)))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("max", "min"):
-        return cast(Size, FUNCTIONS[node.func.id](*map(_from_ast, node.args)))
+        return cast("Size", FUNCTIONS[node.func.id](*map(_from_ast, node.args)))
     raise ValueError(f"cannot read {ast.unparse(node)}")

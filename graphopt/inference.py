@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -83,7 +83,9 @@ def rederive(op: str, args: Mapping[str, Any], env: Mapping[str, int]) -> tuple[
     if signature not in _derived:
 
         def meta(leaf: Any) -> Any:
-            return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if isinstance(leaf, TensorType) else leaf
+            if not isinstance(leaf, TensorType):
+                return leaf
+            return torch.empty(cast("tuple[int, ...]", leaf.shape), dtype=leaf.dtype, device="meta")
 
         with torch.no_grad():
             results = operators.shapes_of(op, {name: map_arg(arg, meta) for name, arg in bound.items()}, "meta")

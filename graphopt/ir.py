@@ -46,7 +46,9 @@ class TensorType:
 
     def concrete(self, env: Mapping[str, int]) -> TensorType:
         """The type with every named size replaced by its number."""
-        return TensorType(self.dtype, tuple(size.evaluate(env) if isinstance(size, Dim) else size for size in self.shape))
+        return TensorType(
+            self.dtype, tuple(size.evaluate(env) if isinstance(size, Dim) else size for size in self.shape)
+        )
 
 
 class Value:
@@ -281,9 +283,7 @@ class Graph:
         if old.type != new.type:
             raise GraphError(f"cannot replace {old!r} by {new!r}: the types differ")
         for user in list(old.users):
-            swapped = {
-                name: map_arg(arg, lambda leaf: new if leaf is old else leaf) for name, arg in user.args.items()
-            }
+            swapped = {name: map_arg(arg, lambda leaf: new if leaf is old else leaf) for name, arg in user.args.items()}
             self.set_args(user, swapped)
         for name, value in self.outputs.items():
             if value is old:

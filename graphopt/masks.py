@@ -463,7 +463,8 @@ def _visible(expr: Expr) -> Condition:
     """Where an additive mask adds nothing, if everywhere else it hides the key."""
     if isinstance(expr, Where):
         return disjunction(
-            conjunction(expr.condition, _visible(expr.then)), conjunction(negation(expr.condition), _visible(expr.otherwise))
+            conjunction(expr.condition, _visible(expr.then)),
+            conjunction(negation(expr.condition), _visible(expr.otherwise)),
         )
     number = _number(expr)
     if number is None:
@@ -501,12 +502,14 @@ class _Ranges:
     def always_at_most_zero(self, size: Size) -> bool:
         """Whether ``size <= 0`` for every position: shown by putting each position to the end that is worst."""
         if isinstance(size, Dim):
-            coefficient = {monomial: number for monomial, number in size.terms}
+            coefficient = dict(size.terms)
             worst: dict[str, Any] = {name: Dim.named(name) for name in size.names}
             for axis, end in (("@q", self.queries), ("@k", self.keys)):
                 if axis in worst:
                     worst[axis] = end - 1 if coefficient.get((axis,), 0) > 0 else 0
-            if any(len(monomial) > 1 or not all(isinstance(atom, str) for atom in monomial) for monomial in coefficient):
+            if any(
+                len(monomial) > 1 or not all(isinstance(atom, str) for atom in monomial) for monomial in coefficient
+            ):
                 return False
             size = size.evaluate(worst)
         if isinstance(size, int):
@@ -527,7 +530,9 @@ def _classify(conditions: Sequence[Condition], ranges: _Ranges, queries: Size, k
     causal, left, right = "none", -1, -1
     key_mask: Value | None = None
     for condition in conditions:
-        if condition == Const(True) or (isinstance(condition, AtMostZero) and ranges.always_at_most_zero(condition.size)):
+        if condition == Const(True) or (
+            isinstance(condition, AtMostZero) and ranges.always_at_most_zero(condition.size)
+        ):
             continue
         if isinstance(condition, NonZero) and condition.element.index == (BATCH, KEY):
             if key_mask is not None and key_mask is not condition.element.value:

@@ -92,12 +92,16 @@ def from_factory(spec: str) -> Source:
         raise ModelError(f"cannot import {module_name!r}: {error}", where=spec) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        raise ModelError(f"{module_name} has no function {attribute!r}", where=spec, hint=nearest(attribute, vars(module)))
+        raise ModelError(
+            f"{module_name} has no function {attribute!r}", where=spec, hint=nearest(attribute, vars(module))
+        )
     made = factory()
     if isinstance(made, tuple) and len(made) == 3:
         made = Source(*made, name=attribute)
     if not isinstance(made, Source):
-        raise ModelError(f"{spec} returned a {type(made).__name__}", hint="return a graphopt.Source or (module, inputs, axes)")
+        raise ModelError(
+            f"{spec} returned a {type(made).__name__}", hint="return a graphopt.Source or (module, inputs, axes)"
+        )
     made.module.eval()
     return made
 
@@ -116,7 +120,9 @@ def from_directory(where: str | Path, name: str | None = None) -> Source:
         architectures = config.architectures or []
         cls = getattr(transformers, architectures[0], None) if architectures else transformers.AutoModel
         if cls is None:
-            raise ModelError(f"transformers has no class {architectures[0]}", where=where, hint="use package.module:factory")
+            raise ModelError(
+                f"transformers has no class {architectures[0]}", where=where, hint="use package.module:factory"
+            )
         module = cls.from_pretrained(where, config=config, dtype=torch.float32, use_safetensors=True)
     except ModelError:
         raise
@@ -145,7 +151,7 @@ def text_source(module: Any, *, name: str = "model", files: Path | None = None) 
         inputs["attention_mask"] = torch.ones_like(ids)
     if "token_type_ids" in takes and getattr(config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = torch.zeros_like(ids)
-    axes: dict[str, tuple[str | None, ...]] = {key: ("batch", "sequence") for key in inputs}
+    axes: dict[str, tuple[str | None, ...]] = dict.fromkeys(inputs, ("batch", "sequence"))
     vocabulary = {"input_ids": config.vocab_size, "token_type_ids": getattr(config, "type_vocab_size", 1)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids[:, :5].clone()
@@ -153,12 +159,24 @@ def text_source(module: Any, *, name: str = "model", files: Path | None = None) 
         vocabulary["decoder_input_ids"] = config.vocab_size
     longest = getattr(config, "max_position_embeddings", None)
     dims = {"sequence": DimRange(1, _usable_positions(config, longest))} if longest else {}
-    return Source(module, inputs, axes, name, dims, vocabulary, "attention_mask" if "attention_mask" in inputs else None, files)
+    return Source(
+        module, inputs, axes, name, dims, vocabulary, "attention_mask" if "attention_mask" in inputs else None, files
+    )
 
 
 def _usable_positions(config: Any, longest: int) -> int:
     """RoBERTa-like models count positions from the padding id on, so the first ones are never used."""
-    offset_types = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer", "esm", "luke", "data2vec-text")
+    offset_types = (
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "xlm-roberta-xl",
+        "mpnet",
+        "longformer",
+        "esm",
+        "luke",
+        "data2vec-text",
+    )
     offset = (config.pad_token_id or 0) + 1 if config.model_type in offset_types else 0
     return longest - offset
 
@@ -197,7 +215,9 @@ def _convert_gguf(path: Path, target: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
-        raise ModelError("reading GGUF needs the gguf and accelerate packages", hint="pip install 'graphopt[gguf]'") from error
+        raise ModelError(
+            "reading GGUF needs the gguf and accelerate packages", hint="pip install 'graphopt[gguf]'"
+        ) from error
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot read {path}: {first[0]}") from error
@@ -219,4 +239,3 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
         path = source.files / name
         if path.is_file():
             shutil.copyfile(path, folder / name)
-

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graphopt.dims import Dim, Size
+from graphopt.dims import Size
 from graphopt.ir import TensorType, Value
 
 INT_MAX = 2**63 - 1
@@ -104,9 +104,10 @@ def _slice(args: Mapping[str, Any], types: tuple[TensorType, ...]) -> Call | Val
         if end is None or (isinstance(end, int) and end >= INT_MAX):
             return otherwise
         if isinstance(end, int) and end < 0:
-            return size + end
+            from_end: Size = size + end
+            return from_end
         known: Size = end
-        return min(known, size) if isinstance(known, int) and isinstance(size, int) else known
+        return min(known, size) if isinstance(known, int) and isinstance(size, int) else known  # torch clips
 
     return Call("aten.slice.Tensor", {**args, "start": bound(args["start"], 0), "end": bound(args["end"], size)})
 
@@ -136,7 +137,9 @@ def _logical(op: str) -> Form:
 
 def _size_of_like(args: Mapping[str, Any], types: tuple[TensorType, ...]) -> Call | None:
     """``new_full``, ``ones_like`` ... : a full tensor needs no other tensor."""
-    return Call("aten.full.default", {"size": types[0].shape, "fill_value": args["fill_value"], "dtype": types[0].dtype})
+    return Call(
+        "aten.full.default", {"size": types[0].shape, "fill_value": args["fill_value"], "dtype": types[0].dtype}
+    )
 
 
 def _filled(number: int) -> Form:
@@ -162,7 +165,8 @@ _FORMS: dict[str, Form] = {
     "_to_copy": _cast,
     "type_as": _cast,
     **dict.fromkeys(
-        ("view.default", "_unsafe_view", "reshape", "flatten.using_ints", "unflatten.int", "squeeze", "view_as"), _reshape
+        ("view.default", "_unsafe_view", "reshape", "flatten.using_ints", "unflatten.int", "squeeze", "view_as"),
+        _reshape,
     ),
     "expand": _expand,
     "expand_as": _expand,
@@ -179,4 +183,3 @@ _FORMS: dict[str, Form] = {
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
     "arange": _arange,
 }
-

@@ -31,9 +31,7 @@ class Probe:
     mask: Tensor | None = None
 
 
-def compare(
-    reference: Mapping[str, Any], candidate: Mapping[str, Any], mask: Any = None
-) -> dict[str, OutputParity]:
+def compare(reference: Mapping[str, Any], candidate: Mapping[str, Any], mask: Any = None) -> dict[str, OutputParity]:
     """Every output of ``candidate`` against ``reference``, torch or numpy alike.
 
     ParityError for a missing output, another shape or another dtype."""
@@ -85,7 +83,11 @@ def _compare_one(name: str, expected: Tensor, got: Tensor, mask: Tensor | None) 
 def _as_numbers(tensor: Tensor) -> Tensor:
     """Floats as they are (16-bit ones widened), everything else in double precision."""
     wide = tensor.dtype in (torch.float32, torch.float64)
-    return tensor.flatten() if wide else tensor.flatten().to(torch.float32 if tensor.is_floating_point() else torch.float64)
+    return (
+        tensor.flatten()
+        if wide
+        else tensor.flatten().to(torch.float32 if tensor.is_floating_point() else torch.float64)
+    )
 
 
 def select(tensor: Tensor, mask: Tensor | None) -> Tensor:
@@ -209,4 +211,3 @@ def _values_of(candidate: Any, probe: Probe) -> Iterator[tuple[str, Tensor]]:
 def _origin(graph: Graph, name: str) -> tuple[str, ...]:
     value = graph.values.get(name)
     return value.producer.origin if value is not None and value.producer is not None else ()
-

@@ -17,7 +17,9 @@ from graphopt import operators
 from graphopt.dims import Dim
 from graphopt.ir import Node, Value
 
-COMMUTATIVE = frozenset({"add", "mul", "bitwise_and", "bitwise_or", "bitwise_xor", "logical_and", "logical_or", "eq", "ne"})
+COMMUTATIVE = frozenset(
+    {"add", "mul", "bitwise_and", "bitwise_or", "bitwise_xor", "logical_and", "logical_or", "eq", "ne"}
+)
 
 
 class Pattern:
@@ -119,8 +121,6 @@ class OpPattern:
         return CallPattern(
             f"{namespace}.{name}", overload[0] if overload else None, args[:-1] if waives else args, kwargs, waives
         )
-
-
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,10 @@ def known_passes() -> dict[str, type[Pass]]:
 
 
 def load_passes(
-    entries: Sequence[Mapping[str, Any] | Pass], *, file: str = "the pipeline", extra: Mapping[str, type[Pass]] | None = None
+    entries: Sequence[Mapping[str, Any] | Pass],
+    *,
+    file: str = "the pipeline",
+    extra: Mapping[str, type[Pass]] | None = None,
 ) -> list[Pass]:
     """Passes from their declarations, checked for unknown names and options and for an order that can work.
 
@@ -109,9 +112,9 @@ def load_passes(
 
 
 def _load_one(entry: dict[str, Any], known: Mapping[str, type[Pass]], where: str) -> Pass:
-    kind = entry.get("kind")
+    kind = str(entry.get("kind"))
     if kind not in known:
-        raise PipelineError(f"there is no pass {kind!r}", where=where, hint=nearest(str(kind), known))
+        raise PipelineError(f"there is no pass {kind!r}", where=where, hint=nearest(kind, known))
     try:
         return known[kind](**entry)
     except ValidationError as error:
@@ -148,7 +151,9 @@ def _working_order(steps: Sequence[Pass]) -> str | None:
     needs.add_nodes_from(range(len(steps)))
     for index, step in enumerate(steps):
         for fact in step.requires:
-            providers = [other for other, candidate in enumerate(steps) if fact in candidate.provides and other != index]
+            providers = [
+                other for other, candidate in enumerate(steps) if fact in candidate.provides and other != index
+            ]
             if not providers:
                 return None
             needs.add_edge(providers[0], index)
@@ -175,7 +180,7 @@ class Proof:
     the traced one."""
 
     probes: list[Probe]
-    references: list[Outputs]
+    references: Sequence[Outputs]
     each_pass: int = 2
 
     def of_pass(self, graph: Graph, contract: Contract) -> StageParity:

@@ -16,7 +16,9 @@ Sampler: TypeAlias = Callable[[dict[str, int], torch.Generator], dict[str, Tenso
 
 
 def sampler_like(
-    examples: Mapping[str, Tensor], axes: Mapping[str, tuple[str | None, ...]], vocabulary: Mapping[str, int] | None = None
+    examples: Mapping[str, Tensor],
+    axes: Mapping[str, tuple[str | None, ...]],
+    vocabulary: Mapping[str, int] | None = None,
 ) -> Sampler:
     """Random inputs of the examples' kind: integers below ``vocabulary[name]`` or in the example's range, floats of the
     example's mean and deviation, masks (0/1 tensors with "mask" in their name) with ragged padding."""
@@ -75,7 +77,7 @@ def make_probes(
     generator = torch.Generator().manual_seed(seed)
     other = {name: _clamp(traced[name] + 1 + 2 * index, bounds) for index, (name, bounds) in enumerate(dims.items())}
     smallest = {name: bounds.min for name, bounds in dims.items()}
-    probes = []
+    probes: list[Probe] = []
     for sizes in (other, dict(traced), smallest):
         if any(probe.sizes == sizes for probe in probes):
             continue

@@ -302,5 +302,3 @@ class _Rewriter:
 def _origin_of(roots: tuple[Value, ...], label: str) -> tuple[str, ...]:
     origin = roots[0].producer.origin if roots[0].producer else ()
     return origin if origin[-1:] == (label,) else (*origin, label)
-
-

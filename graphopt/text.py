@@ -66,7 +66,7 @@ def graph_text(graph: Graph, *, origins: bool = False) -> str:
 
 
 _NAME = r"[\w.\-]+"
-_DIM = re.compile(rf"dim (\w+) in \[(\d+), (\d+|\.\.\.)\]$")
+_DIM = re.compile(r"dim (\w+) in \[(\d+), (\d+|\.\.\.)\]$")
 _DECLARED = re.compile(rf"(input|weight) %({_NAME}): (.+)$")
 _OUTPUT = re.compile(rf"output ({_NAME}) = %({_NAME})$")
 _NODE = re.compile(rf"(%{_NAME}: .*?) = (\w+\.\w+\.\w+)\((.*)\)$")

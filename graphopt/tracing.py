@@ -45,7 +45,9 @@ def trace(
 
     TracingError names the node and source line of what cannot become a graph."""
     given = {name: value for name, value in inputs.items() if value is not None}
-    ranges = {name: bounds if isinstance(bounds, DimRange) else DimRange(*bounds) for name, bounds in (dims or {}).items()}
+    ranges = {
+        name: bounds if isinstance(bounds, DimRange) else DimRange(*bounds) for name, bounds in (dims or {}).items()
+    }
     _check_request(module, given, axes, ranges)
     program = _export(module, given, axes)
     if any(_mutates(node) for node in _all_nodes(program.graph_module)):
@@ -71,7 +73,8 @@ def _check_request(module: nn.Module, given: Mapping[str, Any], axes: Axes, dims
 def _export(module: nn.Module, given: Mapping[str, Any], axes: Axes) -> torch.export.ExportedProgram:
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {
-        name: {axis: dynamic for axis, dim in enumerate(axes[name]) if dim} if axes.get(name) else None for name in given
+        name: {axis: dynamic for axis, dim in enumerate(axes[name]) if dim} if axes.get(name) else None
+        for name in given
     }
     for name, dims in shapes.items():
         for axis in dims or ():
@@ -94,7 +97,10 @@ def _export(module: nn.Module, given: Mapping[str, Any], axes: Axes) -> torch.ex
 _REMEDIES = (
     ("data-dependent", "a size or branch depends on tensor values: rewrite it with torch.where or fixed sizes"),
     ("unbacked", "a size depends on tensor values: rewrite it with fixed sizes"),
-    ("Constraints violated", "the model fixes a size that is named dynamic: leave that axis out of axes, or change the model"),
+    (
+        "Constraints violated",
+        "the model fixes a size that is named dynamic: leave that axis out of axes, or change the model",
+    ),
     ("DynamicCache", "set config.use_cache = False before tracing"),
     ("pytree", "return tensors, tuples, dicts or registered dataclasses only"),
 )
@@ -196,7 +202,9 @@ class _Importer:
     ) -> None:
         known = self.meaning.setdefault(symbol, Dim.named(dim))
         if str(known) != dim:
-            raise TracingError(f"{dim} and {known} are always equal in this model", where=where, hint="give them one name")
+            raise TracingError(
+                f"{dim} and {known} are always equal in this model", where=where, hint="give them one name"
+            )
         bounds = constraints.get(symbol)
         low, high = (int(bounds.lower), _finite(bounds.upper)) if bounds is not None else (0, None)
         low = 0 if low <= 2 else low  # torch's own assumption about 0 and 1; parity is proven at the smallest size
@@ -267,7 +275,11 @@ class _Importer:
                 f"{node.target} is control flow, which a graph cannot hold", node,
                 hint="rewrite it with torch.where, or compile the branches apart",
             )  # fmt: skip
-        found = [arg for arg in node.args if isinstance(arg, torch.fx.Node) and isinstance(env.get(arg), torch.fx.GraphModule)]
+        found = [
+            arg
+            for arg in node.args
+            if isinstance(arg, torch.fx.Node) and isinstance(env.get(arg), torch.fx.GraphModule)
+        ]
         body = env[found[0]]
         operands = node.args[node.args.index(found[0]) + 1 :]
         placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
@@ -322,7 +334,7 @@ class _Importer:
             for result, spec in zip(results, specs, strict=True)
             if spec.kind is OutputKind.USER_OUTPUT or _refuse_output(spec)
         ]
-        tree = pytree.tree_unflatten(list(range(len(kept))), self.program.call_spec.out_spec)  # type: ignore[arg-type]
+        tree = pytree.tree_unflatten(list(range(len(kept))), self.program.call_spec.out_spec)
         for path, index in pytree.tree_flatten_with_path(tree)[0]:
             if isinstance(kept[index], Value):
                 self.graph.outputs[path_name(path)] = kept[index]
@@ -331,7 +343,9 @@ class _Importer:
 def _refuse_output(spec: Any) -> bool:
     if spec.kind is OutputKind.BUFFER_MUTATION:
         return False  # a buffer kept from call to call: an engine has no state, its next call starts anew
-    raise TracingError(f"the module writes into {spec.target!r} ({spec.kind.name})", hint="do not change inputs in place")
+    raise TracingError(
+        f"the module writes into {spec.target!r} ({spec.kind.name})", hint="do not change inputs in place"
+    )
 
 
 def _op_name(target: torch._ops.OpOverload) -> str:

@@ -123,7 +123,7 @@ def _flatten_pair(op: Build, m: Match) -> tuple[Value, ...]:
 
 
 class FlattenTokens(RulePass):
-    """Run linears, norms and activations on ``[tokens, features]``."""
+    """Run linears, norms and activations on two axes: tokens and features."""
 
     kind: Literal["flatten_tokens"] = "flatten_tokens"
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from graphopt import masks
 from graphopt.ir import Value
-from graphopt.patterns import Hole, NumberHole, Ops, TensorHole
+from graphopt.patterns import Hole, NumberHole, Ops, Pattern, TensorHole
 from graphopt.pipeline import RulePass
 from graphopt.rewrite import Build, Match, Rule, require
 
@@ -61,7 +61,7 @@ class FuseMatmulSoftmax(Rule):
         cap: NumberHole,
     ) -> Any:
         keys = op.transpose(op.mul(k, k_scale) | k, 2, 3)
-        s = op.matmul(op.mul(q, q_scale) | q, keys)
+        s: Pattern = op.matmul(op.mul(q, q_scale) | q, keys)
         s = op.mul(s, scale) | op.div(s, divisor) | s
         s = op.mul(op.tanh(op.div(s, cap)), cap).tag(softcap=True) | s
         s = op.add(s, bias) | s
@@ -152,7 +152,9 @@ class FuseRotary(Rule):
         width = m.x.type.shape[3]
         require(m.end == width == 2 * m.half, "x is not turned by halves")
         for name, angle in (("cos", m.cos), ("sin", m.sin)):
-            require(len(angle.type.shape) == 3 and angle.type.shape[2] == width, f"{name} is not [batch, sequence, {width}]")
+            require(
+                len(angle.type.shape) == 3 and angle.type.shape[2] == width, f"{name} is not [batch, sequence, {width}]"
+            )
             require(halves_are_equal(angle), f"the two halves of {name} (%{angle.name}) are not shown to be equal")
         cos, sin = (op.reuse("slice.Tensor", angle, 2, 0, m.half) for angle in (m.cos, m.sin))
         result: Value = op.graphopt.rotary_embedding(m.x, cos, sin)
@@ -160,7 +162,9 @@ class FuseRotary(Rule):
 
 
 #: Ops that keep equal halves equal, where all their tensors have them.
-_ELEMENTWISE = frozenset({"aten.cos.default", "aten.sin.default", "aten.mul.Tensor", "aten.to.dtype", "aten.neg.default"})
+_ELEMENTWISE = frozenset(
+    {"aten.cos.default", "aten.sin.default", "aten.mul.Tensor", "aten.to.dtype", "aten.neg.default"}
+)
 
 
 def halves_are_equal(value: Value) -> bool:

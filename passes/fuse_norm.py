@@ -52,9 +52,7 @@ class FuseRmsNorm(Rule):
 class FuseLayerNorm(Rule):
     """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias  ->  layer_norm(x, weight, bias)"""
 
-    def pattern(
-        self, op: Ops, x: TensorHole, weight: TensorHole, bias: TensorHole, axis: Hole, eps: NumberHole
-    ) -> Any:
+    def pattern(self, op: Ops, x: TensorHole, weight: TensorHole, bias: TensorHole, axis: Hole, eps: NumberHole) -> Any:
         centred = op.sub(x, op.mean(x, axis, True))
         variance = op.add(op.mean(op.pow(centred, 2) | op.mul(centred, centred), axis, True), eps)
         unit = op.div(centred, op.sqrt(variance)) | op.mul(centred, op.rsqrt(variance))

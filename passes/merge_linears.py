@@ -13,11 +13,12 @@ the times. The merged weight is put together when it is read, so nothing is held
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from graphopt.dims import Size
 from graphopt.ir import Graph, Node, TensorType, Value, Weight
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
@@ -57,7 +58,9 @@ class MergeLinears(Pass):
         note = f"{len(group)} products of {group[0].args['input'].type}: {apart:.3f} ms apart, {merged:.3f} ms merged"
         if note not in context.notes:
             context.notes.append(note)
-        return None if merged < apart * (1 - self.gain) else f"not faster ({apart:.3f} ms apart, {merged:.3f} ms merged)"
+        return (
+            None if merged < apart * (1 - self.gain) else f"not faster ({apart:.3f} ms apart, {merged:.3f} ms merged)"
+        )
 
 
 def _groups(graph: Graph) -> list[list[Node]]:
@@ -93,8 +96,10 @@ def _split(merged: Value, weights: list[Weight]) -> dict[str, Any]:
 
 def _joined(graph: Graph, group: list[Node], part: str, weights: list[Weight]) -> Value:
     """The weights on top of each other, as one that is put together when it is read."""
-    name = "+".join((group[0].args[part].name, *(node.args[part].name.rpartition(".")[0].split(".")[-1] for node in group[1:])))
-    rows: Size = sum(int(weight.type.shape[0]) for weight in weights)  # type: ignore[arg-type]  # weights have numbers
+    name = "+".join(
+        (group[0].args[part].name, *(node.args[part].name.rpartition(".")[0].split(".")[-1] for node in group[1:]))
+    )
+    rows = functools.reduce(operator.add, (weight.type.shape[0] for weight in weights))
     type = TensorType(weights[0].type.dtype, (rows, *weights[0].type.shape[1:]))
     joined = Weight(type, lambda: torch.cat([weight.load() for weight in weights]))
     return graph.add_weight(graph.unique(name.replace("+", "_and_")), joined)

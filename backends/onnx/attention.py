@@ -37,14 +37,8 @@ class Attention:
         self.bias, self.sinks = args["bias"], args["sinks"]
 
     @property
-    def masks_at_all(self) -> bool:
-        args = self.node.args
-        masked = any(args[key] is not None for key in ("bias", "key_mask", "kv_lengths"))
-        return masked or self.causal != "none" or args["window_left"] >= 0 or args["window_right"] >= 0
-
-    @property
     def causal_is_upper_left(self) -> bool:
-        return self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys)
+        return bool(self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys))
 
     def heads_last(self, e: Emitter, value: Value, heads: Any, size: Any) -> ir.Value:
         """q, k or v as ``[B, S, H*D]``."""
@@ -54,17 +48,17 @@ class Attention:
 
     def heads_first(self, e: Emitter, value: Value) -> ir.Value:
         """q, k or v as ``[B, H, S, D]``."""
-        return e.op("Transpose", e.value(value), perm=[0, 2, 1, 3]) if self.last else e.value(value)  # type: ignore[no-any-return]
+        return e.op("Transpose", e.value(value), perm=[0, 2, 1, 3]) if self.last else e.value(value)
 
     def from_heads_last(self, e: Emitter, result: ir.Value) -> Lowered:
         """A result ``[B, S, H*D]`` in the node's own layout."""
         if self.last:
             return Reshaped(result)
         shaped = e.reshape(result, (self.batch, self.queries, self.heads, self.value_size))
-        return e.op("Transpose", shaped, perm=[0, 2, 1, 3])  # type: ignore[no-any-return]
+        return e.op("Transpose", shaped, perm=[0, 2, 1, 3])
 
     def from_heads_first(self, e: Emitter, result: ir.Value) -> ir.Value:
-        return e.op("Transpose", result, perm=[0, 2, 1, 3]) if self.last else result  # type: ignore[no-any-return]
+        return e.op("Transpose", result, perm=[0, 2, 1, 3]) if self.last else result
 
     def visible(self, e: Emitter, with_causal: bool) -> ir.Value | None:
         """Which keys each query may see, boolean, broadcasting to ``[B, 1, S, T]``; None for all. Without the bias."""
@@ -73,7 +67,7 @@ class Attention:
             "visible", self.queries, self.keys, args["causal"] if with_causal else "none", args["window_left"],
             args["window_right"], *(args[name] and args[name].name for name in ("key_mask", "kv_lengths")),
         )  # fmt: skip
-        return e.once(key, lambda: self._visible(e, with_causal))  # type: ignore[no-any-return]
+        return e.once(key, lambda: self._visible(e, with_causal))
 
     def _visible(self, e: Emitter, with_causal: bool) -> ir.Value | None:
         args = self.node.args
@@ -97,18 +91,18 @@ class Attention:
 
     def _positions(self, e: Emitter, count: Size, name: str) -> ir.Value:
         zero, one = (e.constant(np.array(number, np.int64)) for number in (0, 1))
-        return e.once(("positions", name, count), lambda: e.op("Range", zero, e.scalar(count), one))  # type: ignore[no-any-return]
+        return e.once(("positions", name, count), lambda: e.op("Range", zero, e.scalar(count), one))
 
     def _query_positions(self, e: Emitter) -> ir.Value:
         """``[S, 1]``: where each query stands among the keys."""
 
-        def make() -> Any:
+        def make() -> ir.Value:
             column = e.op("Unsqueeze", self._positions(e, self.queries, "query"), e.constant(np.array([1], np.int64)))
             if self.causal == "lower_right" and self.keys != self.queries:
                 return e.op("Add", column, e.scalar(self.keys - self.queries))
             return column
 
-        return e.once(("query positions", self.queries, self.keys, self.causal), make)  # type: ignore[no-any-return]
+        return e.once(("query positions", self.queries, self.keys, self.causal), make)
 
     def additive(self, e: Emitter, with_causal: bool) -> ir.Value | None:
         """Everything that masks, bias included, as numbers to add to the scores; None if nothing masks."""
@@ -116,7 +110,7 @@ class Attention:
         if visible is None and (self.bias is None or self.bias.type.dtype != torch.bool):
             return None if self.bias is None else e.value(self.bias)
 
-        def make() -> Any:
+        def make() -> ir.Value:
             both = visible
             if self.bias is not None and self.bias.type.dtype == torch.bool:
                 both = e.value(self.bias) if visible is None else e.op("And", visible, e.value(self.bias))
@@ -126,13 +120,13 @@ class Attention:
                 return e.op("Where", both, e.value(self.bias), low)
             return hidden
 
-        return e.once(("additive", visible and visible.name, self.bias and self.bias.name, self.dtype), make)  # type: ignore[no-any-return]
+        return e.once(("additive", visible and visible.name, self.bias and self.bias.name, self.dtype), make)
 
     def whole(self, e: Emitter, mask: ir.Value) -> ir.Value:
         """A mask expanded to every query and key: onnxruntime refuses masks that broadcast over queries."""
         one = e.size(1)
         shape = e.op("Concat", one, one, e.size(self.queries), e.size(self.keys), axis=0)
-        return e.once(("whole", mask.name, self.queries, self.keys), lambda: e.op("Expand", mask, shape))  # type: ignore[no-any-return]
+        return e.once(("whole", mask.name, self.queries, self.keys), lambda: e.op("Expand", mask, shape))
 
     def require(self, condition: object, reason: str) -> None:
         if not condition:
@@ -200,7 +194,7 @@ def products(e: Emitter, node: Node) -> Lowered:
 def _sinks(e: Emitter, a: Attention) -> ir.Value:
     """The sinks' scores, ``[B, H, S, 1]``."""
     column = e.reshape(e.arg(a.sinks, a.dtype), (1, a.heads, 1, 1))
-    return e.op("Expand", column, e.vector((a.batch, a.heads, a.queries, 1)))  # type: ignore[no-any-return]
+    return e.op("Expand", column, e.vector((a.batch, a.heads, a.queries, 1)))
 
 
 STANDARD_FORMS = {

@@ -35,7 +35,9 @@ def write_model(emitter: Emitter, folder: Path, progress: Progress = no_progress
     """Write an emission as model and data file; their digests and the op counts."""
     files = {}
     if emitter.weights:
-        files[DATA] = write_external(emitter, folder, DATA, lambda done, total: progress("weights", done / max(total, 1)))
+        files[DATA] = write_external(
+            emitter, folder, DATA, lambda done, total: progress("weights", done / max(total, 1))
+        )
     ir.save(emitter.model, folder / MODEL)
     files[MODEL] = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()
     return Built(files=files, weights_digest=files.get(DATA, ""), ops=op_counts(emitter.model))

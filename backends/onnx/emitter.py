@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +37,7 @@ class Reshaped:
     value: ir.Value
 
 
+T = TypeVar("T")
 Lowered: TypeAlias = "ir.Value | Reshaped | Sequence[ir.Value | Reshaped]"
 Lowering: TypeAlias = "Callable[[Emitter, Node], Lowered]"
 
@@ -93,27 +94,32 @@ class Emitter:
 
     # What lowerings use
 
-    def op(
-        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
-    ) -> Any:
-        """Add an ONNX node; its result, or a tuple of them."""
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Add an ONNX node with one result. An attribute that is None is left out."""
+        return self.op_several(op_type, *inputs, domain=domain, outputs=1, **attributes)[0]
+
+    def op_several(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """Add an ONNX node with several results."""
         given = {name: value for name, value in attributes.items() if value is not None}
         node = ir.node(op_type, list(inputs), given, domain=domain, num_outputs=outputs, name=self._unique(op_type))
         return self.add(node)
 
-    def add(self, node: ir.Node) -> Any:
+    def add(self, node: ir.Node) -> tuple[ir.Value, ...]:
+        """Add a node made elsewhere."""
         for index, value in enumerate(node.outputs):
             value.name = self._unique(f"{self._scope}.{node.op_type.lower()}" + (f".{index}" if index else ""))
         if self._origin:
             node.metadata_props["graphopt.origin"] = self._origin
         self._nodes.append(node)
-        return node.outputs[0] if len(node.outputs) == 1 else tuple(node.outputs)
+        return tuple(node.outputs)
 
     def value(self, value: Value) -> ir.Value:
         """The ONNX value of a graph value, in its own shape."""
         if value in self._values:
             return self._values[value]
-        return self.once(("shaped", value.name), lambda: self.reshape(self._elements[value], value.type.shape))  # type: ignore[no-any-return]
+        return self.once(("shaped", value.name), lambda: self.reshape(self._elements[value], value.type.shape))
 
     def elements(self, value: Value) -> ir.Value:
         """Some ONNX value with the same elements in row-major order, whatever its shape: for lowerings that reshape."""
@@ -124,12 +130,13 @@ class Emitter:
             return self.elements(node.args["self"])
         return self.value(value)
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` builds, built once for each key."""
         if key not in self._memo:
             self._memo[key] = make()
             self._journal.append(key)
-        return self._memo[key]
+        found: T = self._memo[key]
+        return found
 
     def constant(self, array: Any, dtype: torch.dtype | None = None) -> ir.Value:
         """A small constant in the graph; equal ones are shared."""
@@ -141,7 +148,7 @@ class Emitter:
             numbers = np.asarray(array)
             made = ir.tensor(numbers)
         key = "constant", numbers.tobytes(), made.dtype, tuple(numbers.shape)
-        return self.once(key, lambda: self._initializer(self._unique("constant"), made))  # type: ignore[no-any-return]
+        return self.once(key, lambda: self._initializer(self._unique("constant"), made))
 
     def arg(self, arg: Any, dtype: torch.dtype) -> ir.Value:
         """An operand as a value of ``dtype``: a tensor, a number, or a size."""
@@ -186,13 +193,13 @@ class Emitter:
         """A size as an int64 vector of one element."""
         if isinstance(size, int):
             return self.constant(np.array([size], np.int64))
-        return self.once(("size", size), lambda: self._size(size))  # type: ignore[no-any-return]
+        return self.once(("size", size), lambda: self._size(size))
 
     def scalar(self, size: Size) -> ir.Value:
         """A size as an int64 scalar."""
         if isinstance(size, int):
             return self.constant(np.array(size, np.int64))
-        return self.once(("scalar", size), lambda: self.op("Squeeze", self.size(size)))  # type: ignore[no-any-return]
+        return self.once(("scalar", size), lambda: self.op("Squeeze", self.size(size)))
 
     def attach(self, function: ir.Function) -> None:
         """Carry a model-local function that the nodes call."""
@@ -216,14 +223,13 @@ class Emitter:
     def _call(self, call: Call) -> ir.Value:
         a, b = self.size(call.a), self.size(call.b)
         names = {"//": "Div", "%": "Mod", "max": "Max", "min": "Min"}  # sizes are >= 0: truncation is floor
-        result: ir.Value = self.op(names[call.fn], a, b)
-        return result
+        return self.op(names[call.fn], a, b)
 
     def _named_size(self, name: str) -> ir.Value:
         for value in self.graph.inputs.values():
             for axis, size in enumerate(value.type.shape):
                 if isinstance(size, Dim) and size.name == name:
-                    return self.op("Shape", self.value(value), start=axis, end=axis + 1)  # type: ignore[no-any-return]
+                    return self.op("Shape", self.value(value), start=axis, end=axis + 1)
         raise LoweringError(f"no input has the size {name!r}")
 
     def _emit(self, show: Sequence[str]) -> ir.Model:
@@ -278,7 +284,8 @@ class Emitter:
                 self.used_forms[form] = self.used_forms.get(form, 0) + 1
             return lowered
         raise LoweringError(
-            f"{name} cannot be expressed in the {self.dialect.name} dialect" + (f" ({'; '.join(reasons)})" if reasons else ""),
+            f"{name} cannot be expressed in the {self.dialect.name} dialect"
+            + (f" ({'; '.join(reasons)})" if reasons else ""),
             where=node.where,
             hint="add a lowering for it, or rewrite it in a pass before",
         )
@@ -306,7 +313,12 @@ class Emitter:
     def _output(self, name: str, value: Value) -> ir.Value:
         """A named output. It is its producer's own value where it may take the name; else an Identity makes one."""
         source = self.value(value)
-        if source.producer() is None or source in self._outputs or name in self.graph.inputs or name in self.graph.weights:
+        if (
+            source.producer() is None
+            or source in self._outputs
+            or name in self.graph.inputs
+            or name in self.graph.weights
+        ):
             node = ir.node("Identity", [source], {}, name=self._unique("Identity"))
             self._nodes.append(node)
             source = node.outputs[0]
@@ -326,7 +338,9 @@ class Emitter:
         return value
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         tensor.name = name
         self._initializers.append(value)
         return value

@@ -105,15 +105,15 @@ def _inline(e: Emitter, model: ir.Model, inputs: list[ir.Value]) -> Lowered:
         values[initializer] = e.constant(initializer.const_value.numpy())
     for node in model.graph:
         _copy(e, node, values)
-    return tuple(values[output] for output in model.graph.outputs)  # type: ignore[index]
+    return tuple(values[output] for output in model.graph.outputs)
 
 
 def _copy(e: Emitter, node: ir.Node, values: dict[ir.Value, ir.Value]) -> None:
-    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+    if any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+    ):
         raise Unsupported(f"its export holds control flow ({node.op_type})")
     operands = [None if value is None else values[value] for value in node.inputs]
     made = ir.Node(node.domain, node.op_type, operands, list(node.attributes.values()), num_outputs=len(node.outputs))
     e.add(made)
     values.update(zip(node.outputs, made.outputs, strict=True))
-
-

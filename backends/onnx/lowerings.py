@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from graphopt.ir import Node, Value
 LOWERINGS: dict[str, Lowering] = {}
 
 
-def lowers(*packets: str) -> Any:
+def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
     """Register a lowering for op packets."""
 
     def register(lowering: Lowering) -> Lowering:
@@ -32,7 +33,7 @@ def _dtype(node: Node) -> torch.dtype:
 def _unary(op_type: str) -> Lowering:
     def lower(e: Emitter, node: Node) -> Lowered:
         operand = node.args["self"]
-        return e.op(op_type, e.arg(operand, _dtype(node)))  # type: ignore[no-any-return]
+        return e.op(op_type, e.arg(operand, _dtype(node)))
 
     return lower
 
@@ -48,7 +49,7 @@ def _binary(op_type: str) -> Lowering:
         alpha = node.args.get("alpha", 1)
         if alpha != 1:
             other = e.op("Mul", other, e.constant(alpha, dtype))
-        return e.op(op_type, e.arg(node.args["self"], dtype), other)  # type: ignore[no-any-return]
+        return e.op(op_type, e.arg(node.args["self"], dtype), other)
 
     return lower
 
@@ -58,7 +59,7 @@ def _comparison(op_type: str, negate: bool = False) -> Lowering:
         a, b = node.args["self"], node.args["other"]
         dtype = _common_dtype(a, b)
         result = e.op(op_type, e.arg(a, dtype), e.arg(b, dtype))
-        return e.op("Not", result) if negate else result  # type: ignore[no-any-return]
+        return e.op("Not", result) if negate else result
 
     return lower
 
@@ -78,7 +79,7 @@ def _logical(op_type: str) -> Lowering:
         operands = [arg for arg in node.args.values() if isinstance(arg, Value)]
         if any(operand.type.dtype != torch.bool for operand in operands):
             raise Unsupported("a bitwise op on integers")
-        return e.op(op_type, *map(e.value, operands))  # type: ignore[no-any-return]
+        return e.op(op_type, *map(e.value, operands))
 
     return lower
 
@@ -91,7 +92,13 @@ for _name, _op_type in {
     LOWERINGS[f"aten.{_name}"] = _unary(_op_type)
 for _name, _op_type in {"add": "Add", "sub": "Sub", "mul": "Mul", "maximum": "Max", "minimum": "Min"}.items():
     LOWERINGS[f"aten.{_name}"] = _binary(_op_type)
-for _name, _op_type in {"le": "LessOrEqual", "lt": "Less", "ge": "GreaterOrEqual", "gt": "Greater", "eq": "Equal"}.items():
+for _name, _op_type in {
+    "le": "LessOrEqual",
+    "lt": "Less",
+    "ge": "GreaterOrEqual",
+    "gt": "Greater",
+    "eq": "Equal",
+}.items():
     LOWERINGS[f"aten.{_name}"] = _comparison(_op_type)
 LOWERINGS["aten.ne"] = _comparison("Equal", negate=True)
 for _name, _op_type in {"and": "And", "or": "Or", "xor": "Xor", "not": "Not"}.items():
@@ -100,14 +107,14 @@ for _name, _op_type in {"and": "And", "or": "Or", "xor": "Xor", "not": "Not"}.it
 
 @lowers("aten.rsqrt")
 def _rsqrt(e: Emitter, node: Node) -> Lowered:
-    return e.op("Reciprocal", e.op("Sqrt", e.value(node.args["self"])))  # type: ignore[no-any-return]
+    return e.op("Reciprocal", e.op("Sqrt", e.value(node.args["self"])))
 
 
 @lowers("aten.div")
 def _div(e: Emitter, node: Node) -> Lowered:
     if node.args.get("rounding_mode") is not None or not _dtype(node).is_floating_point:
         raise Unsupported("a division that rounds")
-    return e.op("Div", e.arg(node.args["self"], _dtype(node)), e.arg(node.args["other"], _dtype(node)))  # type: ignore[no-any-return]
+    return e.op("Div", e.arg(node.args["self"], _dtype(node)), e.arg(node.args["other"], _dtype(node)))
 
 
 @lowers("aten.pow")
@@ -115,8 +122,8 @@ def _pow(e: Emitter, node: Node) -> Lowered:
     base, exponent = node.args["self"], node.args["exponent"]
     if exponent == 2 and isinstance(base, Value) and base.type.dtype == _dtype(node):
         value = e.value(base)
-        return e.op("Mul", value, value)  # type: ignore[no-any-return]
-    return e.op("Pow", e.arg(base, _dtype(node)), e.arg(exponent, _dtype(node)))  # type: ignore[no-any-return]
+        return e.op("Mul", value, value)
+    return e.op("Pow", e.arg(base, _dtype(node)), e.arg(exponent, _dtype(node)))
 
 
 @lowers("aten.to")
@@ -136,12 +143,12 @@ def _reshape(e: Emitter, node: Node) -> Lowered:
 def _unsqueeze(e: Emitter, node: Node) -> Lowered:
     if node.op != "aten.unsqueeze.default":
         return Reshaped(e.elements(node.args["self"]))
-    return e.op("Unsqueeze", e.value(node.args["self"]), e.constant(np.array([node.args["dim"]], np.int64)))  # type: ignore[no-any-return]
+    return e.op("Unsqueeze", e.value(node.args["self"]), e.constant(np.array([node.args["dim"]], np.int64)))
 
 
 @lowers("aten.expand")
 def _expand(e: Emitter, node: Node) -> Lowered:
-    return e.op("Expand", e.value(node.args["self"]), e.vector(node.output.type.shape))  # type: ignore[no-any-return]
+    return e.op("Expand", e.value(node.args["self"]), e.vector(node.output.type.shape))
 
 
 @lowers("aten.transpose")
@@ -149,12 +156,12 @@ def _transpose(e: Emitter, node: Node) -> Lowered:
     order = list(range(len(node.output.type.shape)))
     a, b = node.args["dim0"], node.args["dim1"]
     order[a], order[b] = order[b], order[a]
-    return e.op("Transpose", e.value(node.args["self"]), perm=order)  # type: ignore[no-any-return]
+    return e.op("Transpose", e.value(node.args["self"]), perm=order)
 
 
 @lowers("aten.permute")
 def _permute(e: Emitter, node: Node) -> Lowered:
-    return e.op("Transpose", e.value(node.args["self"]), perm=list(node.args["dims"]))  # type: ignore[no-any-return]
+    return e.op("Transpose", e.value(node.args["self"]), perm=list(node.args["dims"]))
 
 
 @lowers("aten.slice")
@@ -162,26 +169,24 @@ def _slice(e: Emitter, node: Node) -> Lowered:
     args = node.args
     bounds = [e.size(args[key]) for key in ("start", "end")]
     axis, step = (e.constant(np.array([args[key]], np.int64)) for key in ("dim", "step"))
-    return e.op("Slice", e.value(args["self"]), *bounds, axis, step)  # type: ignore[no-any-return]
+    return e.op("Slice", e.value(args["self"]), *bounds, axis, step)
 
 
 @lowers("aten.select")
 def _select(e: Emitter, node: Node) -> Lowered:
-    return e.op("Gather", e.value(node.args["self"]), e.scalar(node.args["index"]), axis=node.args["dim"])  # type: ignore[no-any-return]
+    return e.op("Gather", e.value(node.args["self"]), e.scalar(node.args["index"]), axis=node.args["dim"])
 
 
 @lowers("aten.cat")
 def _cat(e: Emitter, node: Node) -> Lowered:
     parts = [e.arg(tensor, _dtype(node)) for tensor in node.args["tensors"]]
-    return e.op("Concat", *parts, axis=node.args["dim"])  # type: ignore[no-any-return]
+    return e.op("Concat", *parts, axis=node.args["dim"])
 
 
 @lowers("aten.split_with_sizes")
 def _split(e: Emitter, node: Node) -> Lowered:
-    results = e.op(
-        "Split", e.value(node.args["self"]), e.vector(node.args["split_sizes"]), outputs=len(node.outputs), axis=node.args["dim"]
-    )  # fmt: skip
-    return results if isinstance(results, tuple) else (results,)
+    sizes = e.vector(node.args["split_sizes"])
+    return e.op_several("Split", e.value(node.args["self"]), sizes, outputs=len(node.outputs), axis=node.args["dim"])
 
 
 @lowers("aten.full")
@@ -201,18 +206,18 @@ def _arange(e: Emitter, node: Node) -> Lowered:
 @lowers("aten.where")
 def _where(e: Emitter, node: Node) -> Lowered:
     chosen = [e.arg(node.args[key], _dtype(node)) for key in ("self", "other")]
-    return e.op("Where", e.value(node.args["condition"]), *chosen)  # type: ignore[no-any-return]
+    return e.op("Where", e.value(node.args["condition"]), *chosen)
 
 
 @lowers("aten.masked_fill")
 def _masked_fill(e: Emitter, node: Node) -> Lowered:
     fill = e.arg(node.args["value"], _dtype(node))
-    return e.op("Where", e.value(node.args["mask"]), fill, e.value(node.args["self"]))  # type: ignore[no-any-return]
+    return e.op("Where", e.value(node.args["mask"]), fill, e.value(node.args["self"]))
 
 
 @lowers("aten.embedding")
 def _embedding(e: Emitter, node: Node) -> Lowered:
-    return e.op("Gather", e.value(node.args["weight"]), e.value(node.args["indices"]), axis=0)  # type: ignore[no-any-return]
+    return e.op("Gather", e.value(node.args["weight"]), e.value(node.args["indices"]), axis=0)
 
 
 @lowers("aten.gather")
@@ -220,17 +225,17 @@ def _gather(e: Emitter, node: Node) -> Lowered:
     source, index = node.args["self"], node.args["index"]
     axis = node.args["dim"]
     if all(size == 1 for other, size in enumerate(source.type.shape) if other != axis):
-        return e.op("Gather", e.reshape(e.elements(source), (source.type.shape[axis],)), e.value(index), axis=0)  # type: ignore[no-any-return]
+        return e.op("Gather", e.reshape(e.elements(source), (source.type.shape[axis],)), e.value(index), axis=0)
     for other, (size, indexed) in enumerate(zip(source.type.shape, index.type.shape, strict=True)):
         if other != axis and size != indexed:
             raise Unsupported("a gather of a part of the other axes")  # ONNX wants them equal
-    return e.op("GatherElements", e.value(source), e.value(index), axis=axis)  # type: ignore[no-any-return]
+    return e.op("GatherElements", e.value(source), e.value(index), axis=axis)
 
 
 @lowers("aten.matmul", "aten.bmm")
 def _matmul(e: Emitter, node: Node) -> Lowered:
     second = node.args["other"] if "other" in node.args else node.args["mat2"]
-    return e.op("MatMul", e.value(node.args["self"]), e.value(second))  # type: ignore[no-any-return]
+    return e.op("MatMul", e.value(node.args["self"]), e.value(second))
 
 
 @lowers("aten.linear")
@@ -239,15 +244,15 @@ def _linear(e: Emitter, node: Node) -> Lowered:
     x, weight, bias = (node.args[key] for key in ("input", "weight", "bias"))
     if len(x.type.shape) == 2:
         operands = [e.value(x), e.value(weight)] + ([e.value(bias)] if bias is not None else [])
-        return e.op("Gemm", *operands, transB=1)  # type: ignore[no-any-return]
+        return e.op("Gemm", *operands, transB=1)
     turned = e.once(("transposed", weight.name), lambda: e.op("Transpose", e.value(weight), perm=[1, 0]))
     product = e.op("MatMul", e.value(x), turned)
-    return product if bias is None else e.op("Add", product, e.value(bias))  # type: ignore[no-any-return]
+    return product if bias is None else e.op("Add", product, e.value(bias))
 
 
 @lowers("aten.softmax", "aten._softmax")
 def _softmax(e: Emitter, node: Node) -> Lowered:
-    return e.op("Softmax", e.arg(node.args["self"], _dtype(node)), axis=node.args["dim"])  # type: ignore[no-any-return]
+    return e.op("Softmax", e.arg(node.args["self"], _dtype(node)), axis=node.args["dim"])
 
 
 def _reduction(op_type: str) -> Lowering:
@@ -257,7 +262,9 @@ def _reduction(op_type: str) -> Lowering:
             axes = (axes,)
         vector = e.constant(np.array(axes, np.int64)) if axes else None
         operand = e.arg(node.args["self"], _dtype(node))
-        return e.op(op_type, operand, *([vector] if vector is not None else []), keepdims=int(node.args.get("keepdim", False)))  # type: ignore[no-any-return]
+        return e.op(
+            op_type, operand, *([vector] if vector is not None else []), keepdims=int(node.args.get("keepdim", False))
+        )
 
     return lower
 
@@ -268,23 +275,23 @@ for _name, _op_type in {"mean": "ReduceMean", "sum": "ReduceSum", "amax": "Reduc
 
 @lowers("aten.cumsum")
 def _cumsum(e: Emitter, node: Node) -> Lowered:
-    return e.op("CumSum", e.arg(node.args["self"], _dtype(node)), e.constant(np.array(node.args["dim"], np.int64)))  # type: ignore[no-any-return]
+    return e.op("CumSum", e.arg(node.args["self"], _dtype(node)), e.constant(np.array(node.args["dim"], np.int64)))
 
 
 @lowers("aten.argmax")
 def _argmax(e: Emitter, node: Node) -> Lowered:
     if node.args["dim"] is None:
         raise Unsupported("an argmax over everything")
-    return e.op("ArgMax", e.value(node.args["self"]), axis=node.args["dim"], keepdims=int(node.args["keepdim"]))  # type: ignore[no-any-return]
+    return e.op("ArgMax", e.value(node.args["self"]), axis=node.args["dim"], keepdims=int(node.args["keepdim"]))
 
 
 @lowers("aten.gelu")
 def _gelu(e: Emitter, node: Node) -> Lowered:
-    return e.op("Gelu", e.value(node.args["self"]), approximate=node.args["approximate"])  # type: ignore[no-any-return]
+    return e.op("Gelu", e.value(node.args["self"]), approximate=node.args["approximate"])
 
 
 def silu(e: Emitter, x: ir.Value) -> ir.Value:
-    return e.op("Mul", x, e.op("Sigmoid", x))  # type: ignore[no-any-return]
+    return e.op("Mul", x, e.op("Sigmoid", x))
 
 
 @lowers("aten.silu")
@@ -295,7 +302,7 @@ def _silu(e: Emitter, node: Node) -> Lowered:
 @lowers("graphopt.quick_gelu")
 def _quick_gelu(e: Emitter, node: Node) -> Lowered:
     x = e.value(node.args["x"])
-    return e.op("Mul", x, e.op("Sigmoid", e.op("Mul", x, e.constant(node.args["alpha"], _dtype(node)))))  # type: ignore[no-any-return]
+    return e.op("Mul", x, e.op("Sigmoid", e.op("Mul", x, e.constant(node.args["alpha"], _dtype(node)))))
 
 
 def activation(e: Emitter, name: str, x: ir.Value) -> ir.Value:
@@ -303,13 +310,13 @@ def activation(e: Emitter, name: str, x: ir.Value) -> ir.Value:
     if name == "silu":
         return silu(e, x)
     if name in ("gelu", "gelu_tanh"):
-        return e.op("Gelu", x, approximate="tanh" if name == "gelu_tanh" else "none")  # type: ignore[no-any-return]
-    return e.op({"relu": "Relu", "sigmoid": "Sigmoid"}[name], x)  # type: ignore[no-any-return]
+        return e.op("Gelu", x, approximate="tanh" if name == "gelu_tanh" else "none")
+    return e.op({"relu": "Relu", "sigmoid": "Sigmoid"}[name], x)
 
 
 @lowers("graphopt.gated_activation")
 def _gated(e: Emitter, node: Node) -> Lowered:
-    return e.op("Mul", activation(e, node.args["activation"], e.value(node.args["gate"])), e.value(node.args["up"]))  # type: ignore[no-any-return]
+    return e.op("Mul", activation(e, node.args["activation"], e.value(node.args["gate"])), e.value(node.args["up"]))
 
 
 # Normalizations
@@ -329,14 +336,14 @@ def layer_norm(e: Emitter, node: Node, x: ir.Value) -> ir.Value:
     axis, scale = _norm_operands(e, node)
     bias = node.args["bias"]
     operands = [x, scale] + ([e.value(bias)] if bias is not None else [])
-    return e.op("LayerNormalization", *operands, axis=axis, epsilon=node.args["eps"])  # type: ignore[no-any-return]
+    return e.op("LayerNormalization", *operands, axis=axis, epsilon=node.args["eps"])
 
 
 def rms_norm(e: Emitter, node: Node, x: ir.Value) -> ir.Value:
     axis, scale = _norm_operands(e, node)
     eps = node.args["eps"]
     eps = torch.finfo(_dtype(node)).eps if eps is None else eps
-    return e.op("RMSNormalization", x, scale, axis=axis, epsilon=eps)  # type: ignore[no-any-return]
+    return e.op("RMSNormalization", x, scale, axis=axis, epsilon=eps)
 
 
 @lowers("aten.layer_norm")
@@ -371,9 +378,12 @@ def _rotary(e: Emitter, node: Node) -> Lowered:
     if not (isinstance(heads, int) and isinstance(size, int) and isinstance(width, int)):
         raise Unsupported("a dynamic number or size of heads")
     angles = [_for_batch(e, angle, batch) for angle in (cos, sin)]
-    attributes = {"interleaved": int(node.args["interleaved"]), "rotary_embedding_dim": 0 if 2 * width == size else 2 * width}
+    attributes: dict[str, Any] = {
+        "interleaved": int(node.args["interleaved"]),
+        "rotary_embedding_dim": 0 if 2 * width == size else 2 * width,
+    }
     if not last:
-        return e.op("RotaryEmbedding", e.value(x), *angles, **attributes)  # type: ignore[no-any-return]
+        return e.op("RotaryEmbedding", e.value(x), *angles, **attributes)
     flat = e.reshape(e.elements(x), (batch, sequence, heads * size))
     return Reshaped(e.op("RotaryEmbedding", flat, *angles, num_heads=heads, **attributes))
 
@@ -382,6 +392,4 @@ def _for_batch(e: Emitter, angle: Value, batch: Any) -> ir.Value:
     if angle.type.shape[0] == batch:
         return e.value(angle)
     shape = e.vector((batch, *angle.type.shape[1:]))
-    return e.once(("rotary", angle.name), lambda: e.op("Expand", e.value(angle), shape))  # type: ignore[no-any-return]
-
-
+    return e.once(("rotary", angle.name), lambda: e.op("Expand", e.value(angle), shape))

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from io import RawIOBase
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -19,7 +20,8 @@ ALIGNMENT = 4096  # so that a reader can map the file into memory
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, without a copy if it is contiguous in main memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    array: Any = flat.numpy()
+    return memoryview(array)
 
 
 def write_external(
@@ -40,10 +42,11 @@ def write_external(
                 file_digest.update(part)
                 _write_all(file, part)
             offset += gap
+            shape = initializers[key].shape
+            assert shape is not None
             initializers[key].const_value = ir.ExternalTensor(
-                name, offset, len(data), DTYPES[weight.type.dtype],
-                shape=initializers[key].shape, name=key, base_dir=folder,
-            )  # fmt: skip
+                name, offset, len(data), DTYPES[weight.type.dtype], shape=shape, name=key, base_dir=folder
+            )
             offset += len(data)
             progress(offset, total)
     return file_digest.hexdigest()
@@ -68,4 +71,3 @@ def _tensor(name: str, weight: Weight) -> ir.TensorProtocol:
 
         return ir.Tensor(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16), name=name)
     return ir.Tensor(tensor.numpy(), name=name)
-

@@ -86,10 +86,14 @@ class OnnxRuntimeBackend(Backend):
             raise PipelineError(f"the onnxruntime engine has no option {', '.join(options)}", hint="provider, threads")
         return OnnxRuntimeEngine(folder, manifest, MODEL, provider, threads)
 
-    def inner_values(self, graph: Graph, names: Sequence[str]) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    def inner_values(
+        self, graph: Graph, names: Sequence[str]
+    ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
         emitter = Emitter(graph, self.dialect, self._tuner.choose if self._tuner else lambda node: None, show=names)
         embed(emitter)
-        session = make_session(ir.to_proto(emitter.model).SerializeToString(), self.target.provider, self.target.threads)
+        session = make_session(
+            ir.to_proto(emitter.model).SerializeToString(), self.target.provider, self.target.threads
+        )
 
         def run(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             results = session.run(list(names), {name: to_numpy(tensor) for name, tensor in inputs.items()})
@@ -100,7 +104,9 @@ class OnnxRuntimeBackend(Backend):
     @classmethod
     def facts(cls) -> dict[str, str]:
         ort = onnxruntime()
-        faults = [f"{quirk.text} ({quirk.action}, {quirk.reference})" for quirk in quirks_in_force(cls.name, ort.__version__)]
+        faults = [
+            f"{quirk.text} ({quirk.action}, {quirk.reference})" for quirk in quirks_in_force(cls.name, ort.__version__)
+        ]
         return {
             "version": ort.__version__,
             "providers": ", ".join(ort.get_available_providers()),

@@ -57,6 +57,4 @@ class OnnxRuntimeEngine(Engine):
     def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
         feeds = {name: to_numpy(tensor) for name, tensor in tensors.items()}
         results = self.session.run(list(self.outputs), feeds)
-        return {
-            name: to_torch(array) if as_torch else array for name, array in zip(self.outputs, results, strict=True)
-        }
+        return {name: to_torch(array) if as_torch else array for name, array in zip(self.outputs, results, strict=True)}

@@ -52,7 +52,13 @@ def cpu_features() -> str:
 def tuning_sizes(graph: Graph, dims: Mapping[str, DimRange]) -> list[dict[str, int]]:
     """Sizes to time at: one short, several short, one long, as far as ``dims`` allows them. Dims at the first axis of an
     input count the examples of a batch."""
-    counts = {size.name for value in graph.inputs.values() if value.type.shape for size in value.type.shape[:1] if isinstance(size, Dim)}
+    counts = {
+        size.name
+        for value in graph.inputs.values()
+        if value.type.shape
+        for size in value.type.shape[:1]
+        if isinstance(size, Dim)
+    }
     found: list[dict[str, int]] = []
     for count, length in ((1, 128), (8, 128), (1, 512)):
         sizes = {}
@@ -67,7 +73,9 @@ def tuning_sizes(graph: Graph, dims: Mapping[str, DimRange]) -> list[dict[str, i
 class Tuner:
     """Chooses forms and times graphs for one target. ``reports`` tells what was chosen."""
 
-    def __init__(self, dialect: Dialect, sizes: list[dict[str, int]], threads: int | None, cache_file: Path | None) -> None:
+    def __init__(
+        self, dialect: Dialect, sizes: list[dict[str, int]], threads: int | None, cache_file: Path | None
+    ) -> None:
         self.dialect, self.sizes, self.threads, self.cache_file = dialect, sizes, threads, cache_file
         self.reports: dict[str, TacticReport] = {}
         self._cache: dict[str, Any] = _read(cache_file)
@@ -162,7 +170,7 @@ class Tuner:
     def _runner(self, session: Any, inputs: Mapping[str, torch.Tensor]) -> Callable[[], list[Any]]:
         known = {given.name for given in session.get_inputs()}
         feeds = {name: to_numpy(tensor) for name, tensor in inputs.items() if name in known}
-        return lambda: session.run(None, feeds)  # type: ignore[no-any-return]
+        return lambda: session.run(None, feeds)
 
     def _key(self, what: str) -> str:
         return hashlib.sha256(f"{self._identity}\n{what}".encode()).hexdigest()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_library = torch.library.Library("graphopt", "DEF")
+_library = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 
 
 #: By op name: (arguments by name) -> empty results of the right dtype and shape.
@@ -24,8 +24,8 @@ def _op(
     schema: str, shapes: Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
-        _library.define(f"{body.__name__}{schema}")
-        _library.impl(body.__name__, body, "CompositeImplicitAutograd")
+        _library.define(f"{body.__name__}{schema}")  # type: ignore[no-untyped-call]
+        _library.impl(body.__name__, body, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
         SHAPES[f"graphopt.{body.__name__}.default"] = shapes
         return body
 
@@ -155,7 +155,8 @@ def rotary_embedding(
 ) -> Tensor:
     """Rotate pairs of features by position (RoFormer, arXiv:2104.09864).
 
-    x ``[B, H, S, D]`` (``[B, S, H, D]`` with ``heads_last``); cos and sin ``[B or 1, S, R/2]`` with even R <= D: the first R features are rotated, the others
+    x ``[B, H, S, D]`` (``[B, S, H, D]`` with ``heads_last``); cos and sin ``[B or 1, S, R/2]`` with even
+    R <= D: the first R features are rotated, the others
     pass. Pairs are ``(i, i + R/2)``, or ``(2i, 2i + 1)`` if ``interleaved``.
     """
     width = 2 * cos.shape[-1]

@@ -1,0 +1,283 @@
+"""What the command line prints: tables of graphs, reports and facts."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from graphopt import artifact
+from graphopt.backend import Progress as Report
+from graphopt.backend import known_backends
+from graphopt.errors import GraphError, MissingBackendError
+from graphopt.ir import Graph
+from graphopt.pipeline import Pass
+from graphopt.schemas.pipeline import HIGHER_IS_BETTER
+from graphopt.schemas.report import BuildReport, StageParity
+from graphopt.text import parse
+
+__all__ = ["escape"]
+NOTHING = Text("")
+
+
+@contextmanager
+def progress(console: Console, quiet: bool) -> Iterator[Report]:
+    """A progress bar for long steps; on a terminal only."""
+    if quiet or not console.is_terminal:
+        yield lambda what, share: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("start", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+def _table(title: str, *columns: str, numbers: int = 0) -> Table:
+    """A table whose last ``numbers`` columns are right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index >= len(columns) - numbers else "left", overflow="fold")
+    return table
+
+
+def parity_table(report: BuildReport) -> Table:
+    """One row for each stage: what it changed, and how far it is from eager."""
+    table = _table(
+        "stages against eager",
+        "stage",
+        "changes",
+        "nodes",
+        "weights",
+        "contract",
+        "worst",
+        "limit",
+        "max abs",
+        "s",
+        numbers=7,
+    )
+    trace_seconds = report.seconds.get("trace", 0.0)
+    if report.trace is not None:
+        table.add_row("trace", "", "", "", *_stage(report.trace), f"{trace_seconds:.1f}")
+    for step in report.passes:
+        nodes = f"{step.nodes_before} -> {step.nodes_after}"
+        stage = _stage(step.parity) if step.parity is not None else ("", "", "", "")
+        table.add_row(step.kind, str(step.changes), nodes, megabytes(step.bytes_after), *stage, f"{step.seconds:.2f}")
+    if report.engine is not None:
+        table.add_row("engine", "", "", "", *_stage(report.engine), f"{report.seconds.get('build', 0.0):.1f}")
+    return table
+
+
+def _stage(parity: StageParity) -> tuple[str, str, str, str]:
+    style = "green" if parity.holds else "bold red"
+    return parity.contract, f"[{style}]{parity.worst:.2e}[/]", f"{parity.limit:.2e}", f"{parity.max_abs:.2e}"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def tactics_table(report: BuildReport) -> RenderableType:
+    """What was timed, and what was taken."""
+    if not report.tactics:
+        return NOTHING
+    table = _table("tactics (ms)", "op", "form", "", numbers=1)
+    for tactic in report.tactics:
+        timed = sorted(tactic.milliseconds.items(), key=lambda item: (item[1] is None, item[1]))
+        for index, (form, milliseconds) in enumerate(timed):
+            name = f"{tactic.signature.split('(')[0]} x{tactic.uses}" if index == 0 else ""
+            mark = f"[green]{form}[/]" if form == tactic.chosen else form
+            note = escape(tactic.notes.get(form, "refused").removeprefix(form))
+            table.add_row(name, mark, f"{milliseconds:.3f}" if milliseconds is not None else f"[dim]{note}[/]")
+    return table
+
+
+def refusals_table(report: BuildReport) -> RenderableType:
+    """Matches that were not rewritten, by reason; and what passes noted."""
+    reasons: dict[tuple[str, str, str], int] = {}
+    for step in report.passes:
+        for refusal in step.refusals:
+            key = (step.kind, refusal.rule, refusal.reason)
+            reasons[key] = reasons.get(key, 0) + 1
+    notes = [(step.kind, note) for step in report.passes for note in step.notes]
+    if not reasons and not notes:
+        return NOTHING
+    table = _table("not rewritten", "pass", "rule", "reason", "times", numbers=1)
+    for (kind, rule, reason), count in reasons.items():
+        table.add_row(kind, rule, escape(reason), str(count))
+    for kind, note in notes:
+        table.add_row(kind, "[dim]note[/]", escape(note), "")
+    return table
+
+
+def probes_table(parity: StageParity) -> RenderableType:
+    """Each output on each probe."""
+    table = _table(
+        "engine against eager", "sizes", "output", "max abs", "relative", "cosine", "compared", "left out", numbers=5
+    )
+    for probe in parity.probes:
+        sizes = " ".join(f"{name}={size}" for name, size in probe.sizes.items())
+        for name, found in probe.outputs.items():
+            numbers = (f"{found.max_abs:.2e}", f"{found.relative:.2e}", f"{found.cosine:.7f}")
+            table.add_row(sizes, name, *numbers, str(found.compared), str(found.left_out))
+    sign = ">=" if parity.metric in HIGHER_IS_BETTER else "<="
+    verdict = "[green]holds[/]" if parity.holds else "[bold red]broken[/]"
+    return Group(table, f"{verdict}: {parity.metric} {parity.worst:.3g} (must be {sign} {parity.limit:.3g})")
+
+
+def read_graph(what: str) -> Graph:
+    """The graph of an engine directory, a .gir file, or a model (which is traced)."""
+    path = Path(what)
+    if path.suffix == ".gir":
+        if not path.is_file():
+            raise GraphError(f"there is no file {what}")
+        return parse(path.read_text())
+    if path.is_dir() and (path / artifact.MANIFEST).is_file():
+        artifact.read_manifest(path)
+        return artifact.read_graph(path)
+    from graphopt.models import load_model
+    from graphopt.tracing import trace
+
+    source = load_model(what)
+    return trace(source.module, source.inputs, source.axes, source.dims)
+
+
+def graph_facts(graph: Graph, *, with_text: bool, with_weights: bool, origins: bool) -> dict[str, Any]:
+    """A graph as plain data."""
+    facts: dict[str, Any] = {
+        "inputs": {name: str(value.type) for name, value in graph.inputs.items()},
+        "outputs": {name: str(value.type) for name, value in graph.outputs.items()},
+        "dims": {name: [bounds.min, bounds.max] for name, bounds in graph.dims.items()},
+        "nodes": len(graph),
+        "weights": len(graph.weights),
+        "weight_bytes": graph.weight_bytes,
+        "ops": graph.op_counts(),
+    }
+    if with_weights:
+        facts["weight_types"] = {name: str(weight.type) for name, weight in graph.weights.items()}
+    if with_text:
+        facts["text"] = graph.text(origins=origins)
+    return facts
+
+
+def graph_tables(graph: Graph, *, with_weights: bool) -> RenderableType:
+    sides = _table("inputs, outputs, dims", "", "name", "type")
+    for name, value in graph.inputs.items():
+        sides.add_row("input", name, str(value.type))
+    for name, value in graph.outputs.items():
+        sides.add_row("output", name, str(value.type))
+    for name, bounds in graph.dims.items():
+        sides.add_row("dim", name, str(bounds))
+    ops = _table(f"{len(graph)} nodes", "op", "", numbers=1)
+    for op, count in graph.op_counts().items():
+        ops.add_row(op, str(count))
+    summary = f"{len(graph.weights)} weights, {megabytes(graph.weight_bytes)}"
+    if not with_weights:
+        return Group(sides, "", ops, "", summary)
+    weights = _table(summary, "weight", "type", "bytes", numbers=1)
+    for name, weight in graph.weights.items():
+        weights.add_row(name, str(weight.type), str(weight.nbytes))
+    return Group(sides, "", ops, "", weights)
+
+
+def diff(difference: str) -> Text:
+    """A text diff in colour."""
+    text = Text()
+    for line in difference.splitlines():
+        style = "green" if line.startswith("+") else "red" if line.startswith("-") else ""
+        text.append(line + "\n", style)
+    return text if difference else Text("the graphs are equal\n")
+
+
+def bench_table(timed: list[dict[str, Any]]) -> Table:
+    table = _table("milliseconds", "sizes", "median", "fastest", "90 %", "runs", numbers=4)
+    for row in timed:
+        sizes = " ".join(f"{name}={size}" for name, size in row["sizes"].items())
+        table.add_row(sizes, *(f"{row[key]:.2f}" for key in ("median_ms", "min_ms", "p90_ms")), str(row["runs"]))
+    return table
+
+
+def passes_table(known: Mapping[str, type[Pass]]) -> Table:
+    table = _table("passes", "kind", "needs", "gives", "what it does", "options")
+    for kind, step in known.items():
+        table.add_row(
+            kind,
+            ", ".join(sorted(step.requires)),
+            ", ".join(sorted(step.provides)),
+            escape((inspect.getdoc(step) or "").split("\n")[0]),
+            escape("\n".join(_option(name, field) for name, field in step.model_fields.items() if name != "kind")),
+        )
+    return table
+
+
+def _option(name: str, field: Any) -> str:
+    return f"{name}: {_type_name(field.annotation)} = {field.default!r}"
+
+
+def _type_name(annotation: Any) -> str:
+    return (
+        getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
+        if isinstance(annotation, type)
+        else str(annotation).replace("typing.", "")
+    )
+
+
+def pass_page(kind: str, step: type[Pass]) -> RenderableType:
+    """A pass with its module's picture of before and after."""
+    module = inspect.getmodule(step)
+    table = _table("options", "name", "type", "default")
+    for name, field in step.model_fields.items():
+        if name != "kind":
+            table.add_row(name, _type_name(field.annotation), repr(field.default))
+    return Group(f"[bold]{kind}[/]", "", Text(inspect.getdoc(module) or ""), "", table)
+
+
+def doctor_facts() -> dict[str, Any]:
+    """Versions and what each backend says of itself; a backend that is missing says what would bring it."""
+    import torch
+
+    packages = ("graphopt", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "pydantic")
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "torch threads": torch.get_num_threads(),
+        "cuda devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": {},
+    }
+    for name, backend in known_backends().items():
+        try:
+            facts["backends"][name] = backend.versions() | backend.facts()
+        except MissingBackendError as error:
+            facts["backends"][name] = {"missing": error.what, "to do": error.hint}
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def doctor_table(facts: Mapping[str, Any]) -> RenderableType:
+    table = _table("doctor", "", "", "")
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            continue
+        table.add_row(key, "", ", ".join(value) or "none" if isinstance(value, list) else str(value))
+    for name, found in facts["packages"].items():
+        table.add_row("package", name, found)
+    for backend, own in facts["backends"].items():
+        for key, value in own.items():
+            table.add_row(backend, key, escape(str(value)))
+    return table

@@ -1,0 +1,130 @@
+"""Parity in your own tests, and a pytest plugin that is there once graphopt is installed.
+
+::
+
+    from graphopt.testing import assert_parity
+
+    def test_engine(parity):
+        engine = graphopt.load("engine")
+        parity(model, engine, inputs, max_abs=1e-4)            # the fixture: also writes a summary at the end
+        assert_parity(model(**inputs), engine(**inputs))       # the plain function
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from graphopt.eager import eager, path_name
+from graphopt.errors import ParityError
+from graphopt.parity import compare
+from graphopt.schemas.report import OutputParity
+
+
+def assert_parity(
+    reference: Any,
+    candidate: Any,
+    *,
+    mask: Any = None,
+    max_abs: float | None = None,
+    relative: float | None = None,
+    cosine: float | None = None,
+) -> dict[str, OutputParity]:
+    """Fail unless every output of ``candidate`` is that of ``reference``.
+
+    Both: a mapping of outputs by name, a model's output, one tensor, or a sequence of them; torch or numpy. ``mask``
+    ``[batch, sequence]`` leaves out positions that mean nothing. Limits: largest absolute difference, that over the
+    reference's largest value, smallest cosine; without any, ``relative`` 1e-4. AssertionError names the worst output."""
+    if max_abs is None and relative is None and cosine is None:
+        relative = 1e-4
+    expected, got = named_outputs(reference), named_outputs(candidate)
+    try:
+        found = compare(expected, {name: got[name] for name in expected.keys() & got.keys()}, mask)
+    except ParityError as error:
+        raise AssertionError(str(error)) from error
+    problems = [
+        problem for name, parity in found.items() for problem in _problems(name, parity, max_abs, relative, cosine)
+    ]
+    if problems:
+        raise AssertionError("no parity:\n  " + "\n  ".join(problems))
+    return found
+
+
+def _problems(
+    name: str, parity: OutputParity, max_abs: float | None, relative: float | None, cosine: float | None
+) -> Iterator[str]:
+    where = f"{name} ({parity.compared} values compared, {parity.left_out} left out)"
+    if max_abs is not None and not parity.max_abs <= max_abs:
+        yield f"{where}: largest difference {parity.max_abs:.3g}, limit {max_abs:.3g}"
+    if relative is not None and not parity.relative <= relative:
+        yield f"{where}: largest difference {parity.relative:.3g} of the scale, limit {relative:.3g}"
+    if cosine is not None and not parity.cosine >= cosine:
+        yield f"{where}: cosine {parity.cosine:.6f}, limit {cosine:.6f}"
+
+
+def named_outputs(outputs: Any) -> dict[str, Any]:
+    """Outputs by name, named as :func:`graphopt.trace` names them."""
+    if isinstance(outputs, (torch.Tensor, np.ndarray)):
+        return {"output": outputs}
+    leaves = torch.utils._pytree.tree_flatten_with_path(outputs)[0]
+    return {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, (torch.Tensor, np.ndarray))}
+
+
+@dataclass
+class ParityRecorder:
+    """The ``parity`` fixture: compares, and keeps what it saw for the summary."""
+
+    test: str
+    seen: list[tuple[str, str, OutputParity]] = field(default_factory=list)
+
+    def __call__(
+        self,
+        model: nn.Module | Callable[..., Any],
+        candidate: Callable[..., Any],
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        mask: Any = None,
+        **limits: float,
+    ) -> dict[str, OutputParity]:
+        """Run both on ``inputs`` and assert parity. ``mask`` is ``inputs["attention_mask"]`` where there is one."""
+        if mask is None:
+            mask = inputs.get("attention_mask")
+        reference = eager(model)(**inputs) if isinstance(model, nn.Module) else model(**inputs)
+        result = candidate(**inputs)
+        kept = named_outputs(result)
+        expected = {name: tensor for name, tensor in named_outputs(reference).items() if name in kept}
+        if not expected:
+            raise AssertionError(f"no output of the candidate ({', '.join(kept)}) is one of the model's")
+        found = assert_parity(expected, result, mask=mask, **limits)
+        self.seen += [(self.test, name, parity) for name, parity in found.items()]
+        return found
+
+
+_RECORDED = pytest.StashKey[list[tuple[str, str, OutputParity]]]()
+
+
+@pytest.fixture
+def parity(request: pytest.FixtureRequest) -> Iterator[ParityRecorder]:
+    """Compare a model with an engine, graph or function: ``parity(model, engine, inputs, max_abs=1e-4)``."""
+    recorder = ParityRecorder(request.node.name)
+    yield recorder
+    request.config.stash.setdefault(_RECORDED, []).extend(recorder.seen)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One line for each comparison that a ``parity`` fixture made."""
+    recorded = config.stash.get(_RECORDED, [])
+    if not recorded:
+        return
+    terminalreporter.write_sep("-", "graphopt parity")
+    for test, name, found in recorded:
+        terminalreporter.write_line(
+            f"{test}: {name}: max abs {found.max_abs:.3g}, relative {found.relative:.3g}, cosine {found.cosine:.7f} "
+            f"({found.compared} values, {found.left_out} left out)"
+        )
