@@ -52,34 +52,23 @@ def _table(title: str, *columns: str, numbers: int = 0) -> Table:
 
 def parity_table(report: BuildReport) -> Table:
     """One row for each stage: what it changed, and how far it is from eager."""
-    table = _table(
-        "stages against eager",
-        "stage",
-        "changes",
-        "nodes",
-        "weights",
-        "contract",
-        "worst",
-        "limit",
-        "max abs",
-        "s",
-        numbers=7,
-    )
+    columns = ("stage", "changes", "nodes", "contract", "worst", "limit", "max abs", "s")
+    table = _table("stages against eager", *columns, numbers=5)
     trace_seconds = report.seconds.get("trace", 0.0)
     if report.trace is not None:
-        table.add_row("trace", "", "", "", *_stage(report.trace), f"{trace_seconds:.1f}")
+        table.add_row("trace", "", "", *_stage(report.trace), f"{trace_seconds:.1f}")
     for step in report.passes:
-        nodes = f"{step.nodes_before} -> {step.nodes_after}"
+        nodes = f"{step.nodes_before}-{step.nodes_after}"
         stage = _stage(step.parity) if step.parity is not None else ("", "", "", "")
-        table.add_row(step.kind, str(step.changes), nodes, megabytes(step.bytes_after), *stage, f"{step.seconds:.2f}")
+        table.add_row(step.kind, str(step.changes), nodes, *stage, f"{step.seconds:.1f}")
     if report.engine is not None:
-        table.add_row("engine", "", "", "", *_stage(report.engine), f"{report.seconds.get('build', 0.0):.1f}")
+        table.add_row("engine", "", "", *_stage(report.engine), f"{report.seconds.get('build', 0.0):.1f}")
     return table
 
 
 def _stage(parity: StageParity) -> tuple[str, str, str, str]:
     style = "green" if parity.holds else "bold red"
-    return parity.contract, f"[{style}]{parity.worst:.2e}[/]", f"{parity.limit:.2e}", f"{parity.max_abs:.2e}"
+    return parity.contract, f"[{style}]{parity.worst:.1e}[/]", f"{parity.limit:.1e}", f"{parity.max_abs:.1e}"
 
 
 def megabytes(size: int) -> str:
@@ -121,13 +110,13 @@ def refusals_table(report: BuildReport) -> RenderableType:
 
 def probes_table(parity: StageParity) -> RenderableType:
     """Each output on each probe."""
-    table = _table(
-        "engine against eager", "sizes", "output", "max abs", "relative", "cosine", "compared", "left out", numbers=5
-    )
+    names = "x".join(parity.probes[0].sizes) if parity.probes else ""
+    columns = (names, "output", "max abs", "relative", "cosine", "compared", "left out")
+    table = _table("engine against eager", *columns, numbers=5)
     for probe in parity.probes:
-        sizes = " ".join(f"{name}={size}" for name, size in probe.sizes.items())
+        sizes = "x".join(str(size) for size in probe.sizes.values())
         for name, found in probe.outputs.items():
-            numbers = (f"{found.max_abs:.2e}", f"{found.relative:.2e}", f"{found.cosine:.7f}")
+            numbers = (f"{found.max_abs:.1e}", f"{found.relative:.1e}", f"{found.cosine:.6f}")
             table.add_row(sizes, name, *numbers, str(found.compared), str(found.left_out))
     sign = ">=" if parity.metric in HIGHER_IS_BETTER else "<="
     verdict = "[green]holds[/]" if parity.holds else "[bold red]broken[/]"
@@ -172,11 +161,11 @@ def graph_facts(graph: Graph, *, with_text: bool, with_weights: bool, origins: b
 def graph_tables(graph: Graph, *, with_weights: bool) -> RenderableType:
     sides = _table("inputs, outputs, dims", "", "name", "type")
     for name, value in graph.inputs.items():
-        sides.add_row("input", name, str(value.type))
+        sides.add_row("input", name, escape(str(value.type)))
     for name, value in graph.outputs.items():
-        sides.add_row("output", name, str(value.type))
+        sides.add_row("output", name, escape(str(value.type)))
     for name, bounds in graph.dims.items():
-        sides.add_row("dim", name, str(bounds))
+        sides.add_row("dim", name, escape(str(bounds)))
     ops = _table(f"{len(graph)} nodes", "op", "", numbers=1)
     for op, count in graph.op_counts().items():
         ops.add_row(op, str(count))
@@ -185,7 +174,7 @@ def graph_tables(graph: Graph, *, with_weights: bool) -> RenderableType:
         return Group(sides, "", ops, "", summary)
     weights = _table(summary, "weight", "type", "bytes", numbers=1)
     for name, weight in graph.weights.items():
-        weights.add_row(name, str(weight.type), str(weight.nbytes))
+        weights.add_row(name, escape(str(weight.type)), str(weight.nbytes))
     return Group(sides, "", ops, "", weights)
 
 

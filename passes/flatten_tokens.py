@@ -128,6 +128,7 @@ class FlattenTokens(RulePass):
     kind: Literal["flatten_tokens"] = "flatten_tokens"
 
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    provides: ClassVar[frozenset[str]] = frozenset({"flat_tokens"})
 
     def rules(self) -> list[Rule]:
         add_norms = [FlattenAddNorm(path, flat) for path in ADD_NORMS for flat in (0, 1)]

@@ -83,6 +83,7 @@ class Emitter:
         self._initializers: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._values: dict[Value, ir.Value] = {}
+        self._packed: set[Value] = set()
         self._elements: dict[Value, ir.Value] = {}
         self._memo: dict[Hashable, Any] = {}
         self._journal: list[Hashable] = []  # keys of the memo in the order they came, to take back a refused lowering
@@ -260,7 +261,7 @@ class Emitter:
             else:
                 self._values[value] = result
                 if result.type is None and result.producer() is not None:
-                    self._typed(result, value.type)
+                    self._typed(result, value.type, packed=self._is_packed(node))
         self._origin, self._scope = "", "shapes"
 
     def _lowered(self, node: Node) -> Lowered:
@@ -326,10 +327,20 @@ class Emitter:
         self._outputs.append(source)
         return self._typed(source, value.type)
 
-    def _typed(self, value: ir.Value, type: TensorType) -> ir.Value:
+    def _typed(self, value: ir.Value, type: TensorType, packed: bool = False) -> ir.Value:
         value.type = ir.TensorType(DTYPES[type.dtype])
-        value.shape = ir.Shape([size if isinstance(size, int) else str(size) for size in type.shape])
+        shape = [size if isinstance(size, int) else str(size) for size in type.shape]
+        value.shape = ir.Shape(["real tokens", *shape[1:]] if packed else shape)
         return value
+
+    def _is_packed(self, node: Node) -> bool:
+        """Whether a node's results hold real tokens only, so that their first size is not the declared one."""
+        if node.op == "graphopt.unpack_tokens.default":
+            return False
+        packed = node.op == "graphopt.pack_tokens.default" or any(operand in self._packed for operand in node.operands)
+        if packed:
+            self._packed.update(node.outputs)
+        return packed
 
     def _external(self, name: str, weight: Weight) -> ir.Value:
         self.weights[name] = weight

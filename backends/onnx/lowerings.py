@@ -364,6 +364,44 @@ def _add_norm(e: Emitter, node: Node) -> Lowered:
     return norm(e, node, total), total
 
 
+# Packed tokens
+
+
+def _kept(e: Emitter, mask: Value) -> ir.Value:
+    """``[B * S]``: which tokens are packed."""
+
+    def make() -> ir.Value:
+        zero, one = (e.constant(np.array(number, np.int64)) for number in (0, 1))
+        first = e.op("Equal", e.op("Range", zero, e.scalar(mask.type.shape[1]), one), zero)
+        return e.op("Reshape", e.op("Or", e.value(mask), first), e.constant(np.array([-1], np.int64)))
+
+    return e.once(("kept", mask.name), make)
+
+
+@lowers("graphopt.pack_tokens")
+def _pack(e: Emitter, node: Node) -> Lowered:
+    """The rows of the real tokens, and no others."""
+    x, mask = node.args["x"], node.args["mask"]
+    places = e.once(
+        ("packed places", mask.name),
+        lambda: e.op("Reshape", e.op("NonZero", _kept(e, mask)), e.constant(np.array([-1], np.int64))),
+    )
+    rows = e.reshape(e.elements(x), (mask.type.shape[0] * mask.type.shape[1], x.type.shape[2]))
+    return e.op("Gather", rows, places, axis=0)
+
+
+@lowers("graphopt.unpack_tokens")
+def _unpack(e: Emitter, node: Node) -> Lowered:
+    """Every position's row; padding takes the row of the last real token before it."""
+    mask = node.args["mask"]
+
+    def make() -> ir.Value:
+        counted = e.op("CumSum", e.op("Cast", _kept(e, mask), to=ir.DataType.INT64), e.constant(np.array(0, np.int64)))
+        return e.op("Sub", counted, e.constant(np.array(1, np.int64)))
+
+    return Reshaped(e.op("Gather", e.value(node.args["x"]), e.once(("unpacked places", mask.name), make), axis=0))
+
+
 # Rotary embedding
 
 

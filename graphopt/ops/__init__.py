@@ -221,3 +221,28 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
 def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
     """``x * sigmoid(alpha * x)`` (GELU's sigmoid approximation, arXiv:1606.08415)."""
     return x * torch.sigmoid(alpha * x)
+
+
+def _packing_order(mask: Tensor) -> Tensor:
+    """Positions of ``mask`` flattened, kept ones first: those the mask keeps, and the first of every row."""
+    kept = mask | (torch.arange(mask.shape[1], device=mask.device) == 0)
+    return torch.argsort((~kept).flatten().to(torch.uint8), stable=True)
+
+
+@_op("(Tensor x, Tensor mask) -> Tensor", lambda args: (args["x"].flatten(0, 1),))
+def pack_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """x ``[B, S, K]``, mask bool ``[B, S]``: the tokens as ``[B * S, K]``, real ones first, in order.
+
+    Real are those the mask keeps, and the first of every row. The rows after them mean nothing: a backend may leave them
+    out, and all that works token by token between a pack and its unpack with them."""
+    return x.flatten(0, 1)[_packing_order(mask)]
+
+
+@_op(
+    "(Tensor x, Tensor mask) -> Tensor",
+    lambda args: (args["x"].new_empty((*args["mask"].shape, args["x"].shape[1])),),
+)
+def unpack_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of ``pack_tokens``: x ``[B * S, K]`` as ``[B, S, K]``. At padding the result is finite, and means nothing."""
+    places = torch.argsort(_packing_order(mask))
+    return x[places].reshape(*mask.shape, x.shape[1])

@@ -1,0 +1,200 @@
+"""all-MiniLM-L6-v2 on CPU: is the engine right, does it keep the model's quality, how fast is it beside its peers.
+
+Accuracy: largest absolute difference of ``last_hidden_state`` from eager PyTorch at positions the mask keeps, and the
+Spearman correlation on the STS benchmark. Latency: every candidate in one process, in turns, with ragged padding."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import graphopt
+from benchmarks.assets import minilm, sts_b
+from benchmarks.inputs import as_numpy, max_difference, padded, padding_share, ragged_lengths
+from benchmarks.measure import THREADS, Goal, Results, Table, Timing, interleaved, quiet, use_threads
+from benchmarks.peers import Peer, make_peers
+from graphopt.eager import eager
+
+ACCURACY_SIZES = ((1, 7), (3, 33), (8, 128), (2, 300))
+LATENCY_SIZES = ((1, 128), (8, 128), (1, 512))
+ROUNDING = 1e-4  # hidden states are of the order of 1
+STS_B = 0.8203  # of the eager model in fp32
+AGAINST_BEST = 0.85
+TOKENS = 128
+
+Call = Callable[..., Mapping[str, Any]]
+
+
+def measure() -> Results:
+    """Build the engine, then measure accuracy and latency."""
+    use_threads()
+    results = Results("minilm")
+    with tempfile.TemporaryDirectory() as folder:
+        with quiet():
+            source = graphopt.load_model(str(minilm()))
+            target = {"backend": "onnxruntime", "threads": THREADS}
+            compiled = graphopt.compile(source, Path(folder) / "engine", target=target)
+        reference = eager(source.module)
+        accuracy(results, reference, compiled.engine)
+        similarity(results, reference, compiled.engine)
+        latency(results, source.module, compiled, Path(folder))
+    return results
+
+
+def inputs_of(batch: int, length: int) -> dict[str, Tensor]:
+    """Random words of the vocabulary, ragged padding on the right."""
+    tokens = torch.randint(1000, 30000, (batch * length,), generator=torch.Generator().manual_seed(length)).tolist()
+    inputs = padded(tokens, ragged_lengths(batch, length), length)
+    return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
+# Accuracy
+
+
+def accuracy(results: Results, reference: Call, engine: Call) -> None:
+    """Largest difference of ``last_hidden_state`` at the real positions, at sizes that were not traced."""
+    table = Table("MiniLM: engine against eager fp32", "batch x length")
+    table.notes.append("largest absolute difference of last_hidden_state where the attention mask is 1")
+    worst = 0.0
+    for batch, length in ACCURACY_SIZES:
+        inputs = inputs_of(batch, length)
+        expected, got = (call(**inputs)["last_hidden_state"] for call in (reference, engine))
+        difference = max_difference(expected, got, inputs["attention_mask"])
+        table.add(f"{batch}x{length}", padding=share(inputs), max_abs_difference=difference)
+        worst = max(worst, difference)
+    results.tables.append(table)
+    results.goals.append(Goal.at_most("MiniLM: largest difference from eager", ROUNDING, worst))
+
+
+def share(inputs: Mapping[str, Tensor]) -> str:
+    return f"{padding_share(inputs['attention_mask']):.0%}"
+
+
+def similarity(results: Results, reference: Call, engine: Call) -> None:
+    """Spearman correlation of the cosine of two sentences' embeddings with people's scores."""
+    rows = sts_b("test")
+    tokenizer = tokenizer_of(minilm())
+    table = Table("MiniLM: STS benchmark, test", "model")
+    table.notes.append(
+        f"{len(rows)} pairs, mean over the mask, at most {TOKENS} tokens, cosine; batches of 64 sorted by length"
+    )
+    found = {}
+    for name, call in (("eager fp32", reference), ("graphopt", engine)):
+        start = time.perf_counter()
+        found[name] = spearman(rows, partial(embed, call, tokenizer))
+        table.add(name, Spearman=found[name], seconds=time.perf_counter() - start)
+    results.tables.append(table)
+    right = round(found["eager fp32"], 4) == STS_B
+    results.goals.append(Goal("MiniLM: STS-B of eager", str(STS_B), f"{found['eager fp32']:.4f}", right))
+    kept = round(found["graphopt"], 4) == round(found["eager fp32"], 4)
+    results.goals.append(Goal("MiniLM: STS-B of the engine", "as eager, to 4 digits", f"{found['graphopt']:.4f}", kept))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def spearman(rows: Sequence[tuple[float, str, str]], encode: Callable[[list[str]], Tensor]) -> float:
+    vectors = encode([first for _, first, _ in rows] + [second for _, _, second in rows])
+    cosines = torch.cosine_similarity(vectors[: len(rows)], vectors[len(rows) :])
+    return float(spearmanr(cosines.numpy(), [score for score, _, _ in rows]).statistic)
+
+
+def embed(call: Call, tokenizer: Any, sentences: list[str], batch: int = 64) -> Tensor:
+    """``[len(sentences), 384]``: the mean of the hidden states over each sentence's tokens."""
+    lengths = [len(ids) for ids in tokenizer(sentences, truncation=True, max_length=TOKENS)["input_ids"]]
+    order = sorted(range(len(sentences)), key=lambda index: lengths[index])
+    vectors = torch.empty(len(sentences), 384)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        texts = [sentences[index] for index in chosen]
+        inputs = dict(tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"))
+        weights = inputs["attention_mask"].unsqueeze(-1).float()
+        hidden = call(**inputs)["last_hidden_state"]
+        vectors[chosen] = (hidden * weights).sum(1) / weights.sum(1)
+    return vectors
+
+
+# Latency
+
+
+def latency(results: Results, module: torch.nn.Module, compiled: graphopt.Compiled, folder: Path) -> None:
+    """One table of all candidates at all sizes, one of graphopt's ratios to them."""
+    peers, notes = make_peers(minilm(), inputs_of(2, 6), folder)
+    notes += [f"{peer.name}: fused {peer.fused or 'nothing'}" for peer in peers if peer.name.endswith("optimizer")]
+    table = Table(f"MiniLM: latency in ms, {THREADS} threads", "candidate", notes=notes)
+    ratios = Table("MiniLM: graphopt's time relative to", "peer")
+    sizes = {f"{batch}x{length}": inputs_of(batch, length) for batch, length in LATENCY_SIZES}
+    times: dict[str, dict[str, Timing]] = {}
+    differences: dict[str, dict[str, float]] = {}
+    for size, inputs in sizes.items():
+        calls = candidates(module, compiled, peers, inputs)
+        differences[size] = {name: difference(calls["torch eager"], call, inputs) for name, call in calls.items()}
+        times[size] = interleaved(calls)
+    for name in calls:
+        numbers = {f"{size}_{part}": getattr(times[size][name], part) for size in sizes for part in ("median", "p20")}
+        worst = max(each[name] for each in differences.values())
+        table.add(name, **numbers, max_abs_difference=worst)
+    table.notes.append("padding: " + ", ".join(f"{size} {share(inputs)}" for size, inputs in sizes.items()))
+    table.notes.append(f"graphopt runs {', '.join(f'{n} {op}' for op, n in compiled.report.engine_ops.items())}")
+    results.tables += [table, ratios]
+    medians = {size: {name: own.median for name, own in each.items()} for size, each in times.items()}
+    compare(results, ratios, medians, peers)
+
+
+def candidates(
+    module: torch.nn.Module, compiled: graphopt.Compiled, peers: Sequence[Peer], inputs: Mapping[str, Tensor]
+) -> dict[str, Callable[[], Any]]:
+    """Everything as a call without arguments that computes the same outputs."""
+    feeds = as_numpy(inputs)
+    torch._dynamo.reset()
+    fast = torch.compile(module, dynamic=False)
+    engine = compiled.engine
+    return {
+        "graphopt": lambda: list(engine(**feeds).values()),
+        **{peer.name: peer.run(feeds, len(engine.outputs)) for peer in peers},
+        "torch eager": lambda: torch_run(module, inputs),
+        "torch.compile": lambda: torch_run(fast, inputs),
+    }
+
+
+def torch_run(module: Callable[..., Any], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    with torch.inference_mode():
+        return list(module(**inputs).to_tuple())
+
+
+def difference(reference: Callable[[], Any], call: Callable[[], Any], inputs: Mapping[str, Tensor]) -> float:
+    """Of the first output: a peer that is fast and wrong shows it."""
+    expected, got = (torch.as_tensor(each()[0]) for each in (reference, call))
+    return max_difference(expected, got, inputs["attention_mask"])
+
+
+def compare(results: Results, table: Table, medians: Mapping[str, Mapping[str, float]], peers: Sequence[Peer]) -> None:
+    """graphopt's median over the best of each group of peers."""
+    groups = {
+        "the best ONNX Runtime peer": [peer.name for peer in peers],
+        "the best sdpa export in ONNX Runtime": [peer.name for peer in peers if peer.sdpa],
+        "the best dynamo export in ONNX Runtime": [peer.name for peer in peers if "TorchScript" not in peer.name],
+        "torch eager": ["torch eager"],
+        "torch.compile": ["torch.compile"],
+    }
+    for group, names in groups.items():
+        ratios, best = {}, {}
+        for size, each in medians.items():
+            name = min(names, key=lambda name: each[name])
+            ratios[size], best[f"{size} is"] = each["graphopt"] / each[name], name
+        table.add(group, **ratios, **(best if len(names) > 1 else {}))
+        if group == "the best ONNX Runtime peer":
+            for size, ratio in ratios.items():
+                goal = Goal.at_most(f"MiniLM: latency at {size} / {group}", AGAINST_BEST, ratio)
+                results.goals.append(goal)
