@@ -40,9 +40,9 @@ def embed(model: Model, tokenizer: Any, sentences: list[str]) -> Tensor:
 def sts_b_spearman(model: Model, tokenizer: Any) -> float:
     """Spearman correlation of the model's cosine similarities with the scores of STS-B's test rows."""
     rows = sts_b("test")
-    sides = [embed(model, tokenizer, [row[side] for row in rows]) for side in (1, 2)]
-    cosines = (sides[0] * sides[1]).sum(1)
-    return float(spearmanr([row[0] for row in rows], cosines.numpy()).statistic)
+    scores, first, second = zip(*rows, strict=True)
+    cosines = (embed(model, tokenizer, list(first)) * embed(model, tokenizer, list(second))).sum(1)
+    return float(spearmanr(scores, cosines.numpy()).statistic)
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def compile(
     out.print(show.parity_table(compiled.report))
     out.print(show.tactics_table(compiled.report))
     out.print(show.refusals_table(compiled.report))
-    out.print(f"[bold green]written[/] {output}  {compiled.engine!r}", highlight=False)
+    out.print(f"[bold green]written[/] {show.escape(str(output))}", show.escape(repr(compiled.engine)), highlight=False)
 
 
 @app.command()

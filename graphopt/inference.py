@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -56,7 +57,8 @@ def _infer(op: str, args: Mapping[str, Any]) -> tuple[TensorType, ...]:
             return torch.empty([_evaluate(size, symbols) for size in leaf.type.shape], dtype=leaf.type.dtype)
         return _evaluate(leaf, symbols)
 
-    with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=False), _quiet(), torch.no_grad():
+    modes = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=False), enable_python_dispatcher()
+    with modes[0], modes[1], _quiet(), torch.no_grad():
         try:
             results = operators.shapes_of(op, {name: map_arg(arg, fake) for name, arg in args.items()}, "cpu")
         except Exception as error:

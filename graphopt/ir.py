@@ -360,8 +360,8 @@ class Graph:
     # Views and checks
 
     def verify(self) -> None:
-        """Check every invariant (:mod:`graphopt.verify`). GraphError names the first that does not hold."""
-        from graphopt.verify import verify
+        """Check every invariant (:mod:`graphopt.invariants`). GraphError names the first that does not hold."""
+        from graphopt.invariants import verify
 
         verify(self)
 

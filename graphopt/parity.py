@@ -45,7 +45,7 @@ def compare(reference: Mapping[str, Any], candidate: Mapping[str, Any], mask: An
 
 
 def _tensor(array: Any) -> Tensor:
-    tensor: Tensor = torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+    tensor: Tensor = torch.from_numpy(np.array(array)) if isinstance(array, np.ndarray) else array
     return tensor.detach().cpu()
 
 

@@ -53,7 +53,7 @@ def _table(title: str, *columns: str, numbers: int = 0) -> Table:
 def parity_table(report: BuildReport) -> Table:
     """One row for each stage: what it changed, and how far it is from eager."""
     columns = ("stage", "changes", "nodes", "contract", "worst", "limit", "max abs", "s")
-    table = _table("stages against eager", *columns, numbers=5)
+    table = _table("stages against eager", *columns, numbers=4)
     trace_seconds = report.seconds.get("trace", 0.0)
     if report.trace is not None:
         table.add_row("trace", "", "", *_stage(report.trace), f"{trace_seconds:.1f}")

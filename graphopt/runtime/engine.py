@@ -72,7 +72,7 @@ def to_numpy(tensor: Any) -> np.ndarray:
             array: np.ndarray = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
             return array
         tensor = tensor.numpy()
-    return np.ascontiguousarray(tensor)
+    return np.asarray(tensor, order="C")  # ascontiguousarray would make a scalar one-dimensional
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,196 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest.mock
+from pathlib import Path
+
+import pytest
+import yaml
+
+from graphopt import cli
+
+FACTORY = """
+import torch
+from tests.tiny import tiny_bert, tiny_llama
+
+def broken():
+    class Branches(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+    return Branches(), {"x": torch.rand(2, 3)}, {"x": ("batch", None)}
+"""
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a module of factories and an engine made from one."""
+    folder: Path = tmp_path_factory.mktemp("cli")
+    (folder / "factories.py").write_text(FACTORY)
+    done = run(folder, "compile", write(folder, "bert.yaml", {}), "-o", "engine")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "COLUMNS": "100", "XDG_CACHE_HOME": str(folder / "cache")}
+
+
+def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which saves importing torch each time."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        unittest.mock.patch.dict(os.environ, environment(folder)),
+        unittest.mock.patch.object(sys, "argv", ["graphopt", *args]),
+        unittest.mock.patch.object(sys, "path", [str(folder), *sys.path]),
+    ):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+def run_installed(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, in a process of its own."""
+    command = [str(Path(sys.executable).parent / "graphopt"), *args]
+    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+
+
+def write(folder: Path, name: str, changes: dict[str, object]) -> str:
+    content = {"model": "factories:tiny_bert", "dims": {"batch": [1, 8]}, "target": {"tactics": "fixed"}} | changes
+    (folder / name).write_text(yaml.safe_dump(content))
+    return name
+
+
+def test_compile_shows_parity_and_writes(place: Path) -> None:
+    done = run_installed(place, "compile", write(place, "again.yaml", {}), "-o", "again")
+    assert done.returncode == 0
+    assert "fuse_attention" in done.stdout
+    assert "exact" in done.stdout
+    assert "written again" in done.stdout
+    assert (place / "again" / "manifest.json").is_file()
+
+
+def test_compile_json(place: Path) -> None:
+    done = run(place, "compile", write(place, "json.yaml", {}), "-o", "json", "--json")
+    content = json.loads(done.stdout)
+    assert content["report"]["engine"]["holds"] is True
+
+
+def test_inspect(place: Path) -> None:
+    shown = run(place, "inspect", "engine").stdout
+    assert "i64[batch, sequence]" in shown
+    assert "graphopt.attention.default" in shown
+    text = run(place, "inspect", "engine", "--text").stdout
+    assert text.startswith("graph {\n  dim batch in [1, 8]\n")
+    facts = json.loads(run(place, "inspect", "engine", "--json", "--weights").stdout)
+    assert facts["dims"]["batch"] == [1, 8]
+    assert facts["ops"]["graphopt.attention.default"] == 2
+    assert facts["weight_types"]["pooler.dense.bias"] == "f32[48]"
+
+
+def test_inspect_difference(place: Path) -> None:
+    done = run(place, "inspect", "factories:tiny_bert", "engine")
+    assert "-  %scaled_dot_product_attention" in done.stdout
+    assert run(place, "inspect", "engine", "engine").stdout.strip() == "the graphs are equal"
+
+
+def test_verify(place: Path) -> None:
+    done = run(place, "verify", "engine", "factories:tiny_bert")
+    assert (done.returncode, "holds" in done.stdout) == (0, True)
+    (place / "other.py").write_text("import torch\nfrom tests.tiny import tiny_bert\ndef other():\n  s = tiny_bert()\n"
+                                    "  torch.nn.init.ones_(s.module.pooler.dense.bias)\n  return s\n")  # fmt: skip
+    wrong = run(place, "verify", "engine", "other:other")
+    assert (wrong.returncode, "broken" in wrong.stdout) == (1, True)
+
+
+def test_bench(place: Path) -> None:
+    done = run(place, "bench", "engine", "--size", "batch=2,sequence=8", "--seconds", "0.05", "--json")
+    (row,) = json.loads(done.stdout)
+    assert row["sizes"] == {"batch": 2, "sequence": 8}
+    assert row["median_ms"] > 0
+
+
+def test_passes_and_doctor(place: Path) -> None:
+    assert "fuse_attention" in run(place, "passes").stdout
+    assert "decide" in run(place, "passes", "merge_linears").stdout
+    assert "properties" in json.loads(run(place, "passes", "canonicalize", "--json").stdout)["canonicalize"]
+    facts = json.loads(run(place, "doctor", "--json").stdout)
+    assert "faults in force" in facts["backends"]["onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"passes": [{"kind": "fuse_atention"}]}, "did you mean 'fuse_attention'?"),
+        (
+            {"passes": [{"kind": "canonicalize", "fold_byte": 1}]},
+            "there is no option 'fold_byte'; did you mean 'fold_bytes'?",
+        ),
+        ({"passes": [{"kind": "canonicalize", "fold_bytes": "many"}]}, "fold_bytes: Input should be a valid integer"),
+        (
+            {"passes": [{"kind": "fuse_attention"}, {"kind": "canonicalize"}]},
+            "this order works: canonicalize, fuse_attention",
+        ),
+        ({"passes": [{"kind": "fuse_norm"}]}, "add canonicalize before it"),
+        ({"modle": "x"}, "there is no option 'modle'"),
+        ({"dims": {"batch": [8, 1]}}, "[8, 1] is no range of sizes"),
+        ({"dims": {"batch": [1, 4], "tokens": [1, 4]}}, "dims names tokens"),
+        ({"dims": {"sequence": [1, 4096]}}, "dims asks for sequence in [1, 4096], the model allows"),
+        ({"model": "factories:tiny_brt"}, "did you mean 'tiny_bert'?"),
+        ({"model": "factories:broken"}, "a size or branch depends on tensor values"),
+        ({"model": "./nowhere"}, "there is no model './nowhere'"),
+        ({"target": {"backend": "tensorrtx"}}, "there is no backend 'tensorrtx'"),
+        ({"target": {"provider": "tpu"}}, "target.provider"),
+    ],
+)
+def test_bad_pipelines(place: Path, changes: dict[str, object], message: str) -> None:
+    done = run(place, "compile", write(place, "bad.yaml", changes), "-o", "bad")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "bad").exists()
+    assert not list(place.glob(".bad*"))
+
+
+def test_bad_files(place: Path) -> None:
+    (place / "list.yaml").write_text("- a\n")
+    (place / "no.yaml").write_text("a: [\n")
+    for file, message in (
+        ("list.yaml", "a pipeline file is a mapping"),
+        ("no.yaml", "not YAML"),
+        ("gone.yaml", "there is no"),
+    ):
+        done = run(place, "compile", file, "-o", "bad")
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert "is no engine directory" in run(place, "verify", "cache", "factories:tiny_bert").stderr
+    assert run(place, "bench", "engine", "--size", "batch=x").returncode == 2
+
+
+@pytest.mark.slow
+def test_interrupt_leaves_nothing(place: Path) -> None:
+    command = [str(Path(sys.executable).parent / "graphopt"), "compile", write(place, "stop.yaml", {}), "-o", "stopped"]
+    for seconds in (4.0, 6.0):
+        process = subprocess.Popen(command, cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        if process.returncode == 0:
+            continue  # it was done before the signal came
+        assert process.returncode != 0
+        assert "Traceback" not in stderr
+        assert not (place / "stopped").exists()
+        assert not list(place.glob(".stopped*"))

@@ -1,0 +1,171 @@
+"""Attention, rotary embedding and packed tokens in ONNX, each form against the op's reference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+
+from graphopt.backends import quirks
+from graphopt.backends.onnxruntime.dialect import onnxruntime_dialect
+from graphopt.dims import Dim, Size
+from graphopt.errors import LoweringError
+from graphopt.ir import DimRange, Graph, TensorType
+from tests.onnx_helpers import ONNXRUNTIME, assert_same, check_everywhere, emit, run_onnxruntime, run_reference
+
+B, S, T = (Dim.named(name) for name in ("batch", "sequence", "keys"))
+FORMS = list(ONNXRUNTIME.forms["graphopt.attention"])
+MASKINGS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "causal": {"causal": "upper_left"},
+    "key_mask": {"key_mask": True},
+    "both": {"causal": "upper_left", "key_mask": True},
+    "bias": {"bias": True},
+    "bias_and_keys": {"bias": True, "key_mask": True},
+    "window": {"causal": "upper_left", "window_left": 2},
+    "both_windows": {"window_left": 1, "window_right": 2, "key_mask": True},
+    "lengths": {"kv_lengths": True},
+    "softcap": {"softcap": 3.0, "causal": "upper_left"},
+    "sinks": {"sinks": True, "causal": "upper_left"},
+}
+
+
+def attention_graph(masking: dict[str, Any], *, heads_last: bool, kv_heads: int = 4, keys: Size = S) -> Graph:
+    graph = Graph(dims={"batch": DimRange(), "sequence": DimRange()} | ({"keys": DimRange()} if keys is T else {}))
+
+    def add(name: str, heads: int, rows: Size, size: int) -> Any:
+        shape = (B, rows, heads, size) if heads_last else (B, heads, rows, size)
+        return graph.add_input(name, TensorType(torch.float32, shape))
+
+    args: dict[str, Any] = {"q": add("q", 4, S, 8), "k": add("k", kv_heads, keys, 8), "v": add("v", kv_heads, keys, 6)}
+    args |= {"scale": 0.3, "heads_last": heads_last} | masking
+    types = {
+        "bias": TensorType(torch.float32, (B, 1, S, keys)),
+        "key_mask": TensorType(torch.bool, (B, keys)),
+        "kv_lengths": TensorType(torch.int64, (B,)),
+        "sinks": TensorType(torch.float32, (4,)),
+    }
+    for name, type in types.items():
+        if name in masking:
+            args[name] = graph.add_input(name, type)
+    graph.outputs["y"] = graph.insert("graphopt.attention.default", args).output
+    graph.verify()
+    return graph
+
+
+def inputs_of(graph: Graph, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    inputs = {}
+    for name, value in graph.inputs.items():
+        shape = [int(size) for size in value.type.concrete(sizes).shape]  # type: ignore[arg-type]
+        inputs[name] = (
+            torch.randn(shape) if value.type.dtype == torch.float32 else torch.ones(shape, dtype=torch.int64) * 3
+        )
+        if value.type.dtype == torch.bool:
+            inputs[name] = torch.rand(shape) < 0.7
+            inputs[name][:, 0] = True  # a query that sees no key means nothing
+    return inputs
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize(("heads_last", "kv_heads"), [*itertools.product((True, False), (4, 2))])
+def test_every_form_that_takes_it_is_the_reference(masking: str, heads_last: bool, kv_heads: int) -> None:
+    graph = attention_graph(MASKINGS[masking], heads_last=heads_last, kv_heads=kv_heads)
+    taken = []
+    for form in FORMS:
+        alone = onnxruntime_dialect(onnxruntime.__version__)
+        one = type(alone)(
+            alone.name, alone.opsets, {}, {"graphopt.attention": {form: alone.forms["graphopt.attention"][form]}}
+        )
+        try:
+            model = emit(graph, one)
+        except LoweringError:
+            continue
+        taken.append(form)
+        for sizes in ({"batch": 2, "sequence": 5}, {"batch": 3, "sequence": 9}):
+            inputs = inputs_of(graph, sizes)
+            assert_same(graph, inputs, run_onnxruntime(model, inputs), 1e-5)
+    assert "products" in taken
+    if "sinks" not in masking:
+        assert any(form.startswith("attention") for form in taken)
+
+
+@pytest.mark.parametrize("masking", [name for name in MASKINGS if name != "softcap"])
+def test_standard_dialect_runs_in_the_reference_evaluator(masking: str) -> None:
+    graph = attention_graph(MASKINGS[masking], heads_last=True, kv_heads=2)
+    model = emit(graph)
+    for sizes in ({"batch": 2, "sequence": 5}, {"batch": 3, "sequence": 9}):
+        inputs = inputs_of(graph, sizes)
+        assert_same(graph, inputs, run_reference(model, inputs), 1e-5)
+
+
+@pytest.mark.parametrize("causal", ["upper_left", "lower_right"])
+def test_causal_of_unequal_lengths(causal: str) -> None:
+    graph = attention_graph({"causal": causal}, heads_last=False, keys=T)
+    for sizes in ({"batch": 2, "sequence": 3, "keys": 7}, {"batch": 1, "sequence": 4, "keys": 4}):
+        inputs = inputs_of(graph, sizes)
+        assert_same(graph, inputs, run_onnxruntime(emit(graph, ONNXRUNTIME), inputs), 1e-5)
+        assert_same(graph, inputs, run_reference(emit(graph), inputs), 1e-5)
+
+
+def test_left_padding_gives_no_nan() -> None:
+    """Rows that see no key mean nothing, and must not spoil others."""
+    graph = attention_graph({"causal": "upper_left", "key_mask": True}, heads_last=True)
+    inputs = inputs_of(graph, {"batch": 2, "sequence": 6})
+    inputs["key_mask"][:] = True
+    inputs["key_mask"][1, :3] = False
+    for form in FORMS:
+        (got,) = run_onnxruntime(emit(graph, ONNXRUNTIME, form), inputs)
+        result = torch.from_numpy(got)
+        assert not result.isnan().any(), form
+
+
+def test_masks_are_made_once_for_all_layers() -> None:
+    graph = attention_graph({"key_mask": True}, heads_last=True)
+    args = dict(next(iter(graph.nodes)).args)
+    graph.outputs["second"] = graph.insert("graphopt.attention.default", args).output
+    model = emit(graph)
+    assert sum(node.op_type == "Expand" for node in model.graph.node) == 1
+
+
+@pytest.mark.parametrize(("heads_last", "interleaved"), [*itertools.product((True, False), (True, False))])
+@pytest.mark.parametrize(("size", "half", "angles"), [(8, 4, "one"), (8, 4, "each"), (8, 2, "one")])
+def test_rotary(heads_last: bool, interleaved: bool, size: int, half: int, angles: str) -> None:
+    graph = Graph(dims={"batch": DimRange(), "sequence": DimRange()})
+    x = graph.add_input("x", TensorType(torch.float32, (B, S, 3, size) if heads_last else (B, 3, S, size)))
+    shape = (1 if angles == "one" else B, S, half)
+    cos, sin = (graph.add_input(name, TensorType(torch.float32, shape)) for name in ("cos", "sin"))
+    args = {"x": x, "cos": cos, "sin": sin, "interleaved": interleaved, "heads_last": heads_last}
+    graph.outputs["y"] = graph.insert("graphopt.rotary_embedding.default", args).output
+    check_everywhere(graph, [inputs_of(graph, {"batch": b, "sequence": s}) for b, s in ((2, 5), (3, 4))])
+
+
+def test_packed_tokens() -> None:
+    graph = Graph(dims={"batch": DimRange(), "sequence": DimRange()})
+    x = graph.add_input("x", TensorType(torch.float32, (B, S, 4)))
+    mask = graph.add_input("mask", TensorType(torch.bool, (B, S)))
+    packed = graph.insert("graphopt.pack_tokens.default", {"x": x, "mask": mask}).output
+    worked = graph.insert("aten.tanh.default", {"self": packed}).output
+    graph.outputs["y"] = graph.insert("graphopt.unpack_tokens.default", {"x": worked, "mask": mask}).output
+    for batch, sequence in ((2, 5), (3, 7)):
+        inputs = {"x": torch.randn(batch, sequence, 4), "mask": torch.rand(batch, sequence) < 0.5}
+        inputs["mask"][0] = False
+        kept = inputs["mask"].clone()
+        kept[:, 0] = True
+        for results in (run_reference(emit(graph), inputs), run_onnxruntime(emit(graph, ONNXRUNTIME), inputs)):
+            got = torch.from_numpy(results[0])
+            torch.testing.assert_close(got[kept], torch.tanh(inputs["x"])[kept])
+            assert got.isfinite().all()
+
+
+def test_a_fault_takes_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = attention_graph({"causal": "upper_left"}, heads_last=False, keys=T)
+    model = emit(graph, onnxruntime_dialect("1.26.0"))
+    assert not any(node.op_type == "Attention" for node in model.graph.node)
+    assert any(node.op_type == "Attention" for node in emit(graph, onnxruntime_dialect("1.32.0")).graph.node)
+    refusing = quirks.Quirk("onnxruntime", ">=1", lambda node, form: True, "refuse", "it is broken", "a test")
+    monkeypatch.setattr(quirks, "QUIRKS", (refusing,))
+    with pytest.raises(LoweringError, match="it is broken"):
+        emit(graph, onnxruntime_dialect("1.32.0"))
