@@ -4,9 +4,6 @@
 one expression of batch, head, query and key position, and simplifies it. Where the expression is a conjunction of known
 conditions it returns them as a :class:`Mask`; where it is anything else it returns :class:`Unproven` with the first thing
 that does not fit. Nothing is taken for granted: a mask that is not proven stays a tensor.
-
-Positions are the variables ``@b @h @q @k``; integers are polynomials over them and the graph's dims
-(:class:`graphopt.dims.Dim`), so that ``k <= q + 0`` and ``k - q <= 0`` are the same condition.
 """
 
 from __future__ import annotations
@@ -19,10 +16,33 @@ from typing import Any, TypeAlias
 
 import torch
 
+from graphopt.conditions import (
+    BATCH,
+    CONDITIONS,
+    HEAD,
+    KEY,
+    QUERY,
+    And,
+    AtMostZero,
+    Condition,
+    Const,
+    Element,
+    Expr,
+    Int,
+    NonZero,
+    Not,
+    Real,
+    Where,
+    as_condition,
+    at_most_zero,
+    conjunction,
+    describe,
+    disjunction,
+    negation,
+    relation,
+)
 from graphopt.dims import Dim, Size
 from graphopt.ir import DimRange, Graph, Node, Value
-
-BATCH, HEAD, QUERY, KEY = (Dim.named(f"@{axis}") for axis in "bhqk")
 
 
 @dataclass(frozen=True)
@@ -50,73 +70,6 @@ class Unproven:
     """Why a mask stays a tensor."""
 
     reason: str
-
-
-# The expression of one element of a mask
-
-
-@dataclass(frozen=True)
-class Int:
-    """An integer that is a polynomial of positions and sizes."""
-
-    size: Size
-
-
-@dataclass(frozen=True)
-class Real:
-    number: float
-
-
-@dataclass(frozen=True)
-class Element:
-    """One element of a tensor that is not looked into: an input, or the result of an op that is not a mask's."""
-
-    value: Value
-    index: tuple[Size, ...]
-
-
-@dataclass(frozen=True)
-class Const:
-    truth: bool
-
-
-@dataclass(frozen=True)
-class AtMostZero:
-    """``size <= 0``."""
-
-    size: Size
-
-
-@dataclass(frozen=True)
-class NonZero:
-    element: Element
-
-
-@dataclass(frozen=True)
-class Not:
-    inner: Condition
-
-
-@dataclass(frozen=True)
-class And:
-    parts: tuple[Condition, ...]
-
-
-@dataclass(frozen=True)
-class Or:
-    parts: tuple[Condition, ...]
-
-
-@dataclass(frozen=True)
-class Where:
-    condition: Condition
-    then: Expr
-    otherwise: Expr
-
-
-Condition: TypeAlias = "Const | AtMostZero | NonZero | Not | And | Or"
-Expr: TypeAlias = "Int | Real | Element | Where | Condition"
-CONDITIONS = (Const, AtMostZero, NonZero, Not, And, Or)
 
 
 class _Stop(Exception):
@@ -298,41 +251,23 @@ def _triangle(keep: Callable[[Size, Size, Size], Condition]) -> Read:
     return read
 
 
-def _compare(relation: str) -> Read:
+def _compare(name: str) -> Read:
     def compare(a: Expr, b: Expr) -> Expr:
         if isinstance(a, Where) or isinstance(b, Where):
             return _lift(compare, a, b)
         if isinstance(a, Int) and isinstance(b, Int):
-            return _relation(relation, a.size - b.size)
-        if isinstance(a, Element) and b in (Int(0), Real(0.0), Const(False)) and relation in ("ne", "eq"):
-            return NonZero(a) if relation == "ne" else Not(NonZero(a))
-        if isinstance(a, CONDITIONS) and isinstance(b, CONDITIONS) and relation in ("ne", "eq"):
+            return relation(name, a.size - b.size)
+        if isinstance(a, Element) and b in (Int(0), Real(0.0), Const(False)) and name in ("ne", "eq"):
+            return NonZero(a) if name == "ne" else Not(NonZero(a))
+        if isinstance(a, CONDITIONS) and isinstance(b, CONDITIONS) and name in ("ne", "eq"):
             same = disjunction(conjunction(a, b), conjunction(negation(a), negation(b)))
-            return same if relation == "eq" else negation(same)
+            return same if name == "eq" else negation(same)
         numbers = [x.number if isinstance(x, Real) else x.size for x in (a, b) if isinstance(x, (Real, Int))]
         if len(numbers) == 2 and not any(isinstance(number, Dim) for number in numbers):
-            return Const(bool(getattr(operator, relation)(*numbers)))
-        raise _Stop(f"a comparison ({relation}) of values that are not positions")
+            return Const(bool(getattr(operator, name)(*numbers)))
+        raise _Stop(f"a comparison ({name}) of values that are not positions")
 
     return _elementwise(compare)
-
-
-def _relation(relation: str, difference: Size) -> Condition:
-    """``difference <relation> 0`` over integers."""
-    if relation == "le":
-        return _at_most_zero(difference)
-    if relation == "lt":
-        return _at_most_zero(difference + 1)
-    if relation == "ge":
-        return _at_most_zero(-difference)
-    if relation == "gt":
-        return _at_most_zero(-difference + 1)
-    both = conjunction(_at_most_zero(difference), _at_most_zero(-difference))
-    return both if relation == "eq" else negation(both)
-
-
-def _at_most_zero(size: Size) -> Condition:
-    return Const(size <= 0) if isinstance(size, int) else AtMostZero(size)
 
 
 def _arithmetic(fn: Callable[[Any, Any], Any]) -> Callable[[Expr, Expr], Expr]:
@@ -396,8 +331,8 @@ _READERS: Mapping[str, Read] = {
     "select": _moved(_selected),
     "reshape": _moved(_reshaped),
     "index": _indexed,
-    "tril": _triangle(lambda row, column, diagonal: _at_most_zero(column - row - diagonal)),
-    "triu": _triangle(lambda row, column, diagonal: _at_most_zero(row + diagonal - column)),
+    "tril": _triangle(lambda row, column, diagonal: at_most_zero(column - row - diagonal)),
+    "triu": _triangle(lambda row, column, diagonal: at_most_zero(row + diagonal - column)),
     **{name: _compare(name) for name in ("le", "lt", "ge", "gt", "eq", "ne")},
     **dict.fromkeys(("bitwise_and", "logical_and"), _elementwise(lambda a, b: conjunction(*map(as_condition, (a, b))))),
     **dict.fromkeys(("bitwise_or", "logical_or"), _elementwise(lambda a, b: disjunction(*map(as_condition, (a, b))))),
@@ -409,54 +344,6 @@ _READERS: Mapping[str, Read] = {
     "where": _elementwise(_where),
     "masked_fill": _elementwise(_masked_fill),
 }
-
-
-# Conditions
-
-
-def as_condition(expr: Expr) -> Condition:
-    """An expression as a truth: true where it is not zero."""
-    if isinstance(expr, CONDITIONS):
-        return expr
-    if isinstance(expr, Element):
-        return NonZero(expr)
-    if isinstance(expr, Real):
-        return Const(expr.number != 0)
-    if isinstance(expr, Int):
-        return _relation("ne", expr.size)
-    assert isinstance(expr, Where)
-    then, otherwise = as_condition(expr.then), as_condition(expr.otherwise)
-    return disjunction(conjunction(expr.condition, then), conjunction(negation(expr.condition), otherwise))
-
-
-def conjunction(*parts: Condition) -> Condition:
-    flat = [inner for part in parts for inner in (part.parts if isinstance(part, And) else (part,))]
-    if any(part == Const(False) for part in flat):
-        return Const(False)
-    kept = tuple(dict.fromkeys(part for part in flat if part != Const(True)))
-    return Const(True) if not kept else kept[0] if len(kept) == 1 else And(kept)
-
-
-def disjunction(*parts: Condition) -> Condition:
-    flat = [inner for part in parts for inner in (part.parts if isinstance(part, Or) else (part,))]
-    if any(part == Const(True) for part in flat):
-        return Const(True)
-    kept = tuple(dict.fromkeys(part for part in flat if part != Const(False)))
-    return Const(False) if not kept else kept[0] if len(kept) == 1 else Or(kept)
-
-
-def negation(condition: Condition) -> Condition:
-    if isinstance(condition, Const):
-        return Const(not condition.truth)
-    if isinstance(condition, Not):
-        return condition.inner
-    if isinstance(condition, AtMostZero):
-        return _at_most_zero(-condition.size + 1)
-    if isinstance(condition, And):
-        return disjunction(*map(negation, condition.parts))
-    if isinstance(condition, Or):
-        return conjunction(*map(negation, condition.parts))
-    return Not(condition)
 
 
 def _visible(expr: Expr) -> Condition:
@@ -565,20 +452,3 @@ def _distance(condition: Condition) -> tuple[int, Size] | None:
         if not isinstance(rest, Dim) or not rest.names & {"@b", "@h", "@q", "@k"}:
             return sign, -rest
     return None
-
-
-def describe(expr: Expr) -> str:
-    """An expression for people: ``k - q <= 0 or %mask[b, k]``."""
-    if isinstance(expr, AtMostZero):
-        return f"{expr.size} <= 0".replace("@", "")
-    if isinstance(expr, NonZero):
-        return describe(expr.element)
-    if isinstance(expr, Element):
-        return f"%{expr.value.name}[{', '.join(map(str, expr.index))}]".replace("@", "")
-    if isinstance(expr, Not):
-        return f"not {describe(expr.inner)}"
-    if isinstance(expr, (And, Or)):
-        return (" and " if isinstance(expr, And) else " or ").join(f"({describe(part)})" for part in expr.parts)
-    if isinstance(expr, Const):
-        return str(expr.truth).lower()
-    return str(expr)

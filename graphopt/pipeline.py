@@ -6,7 +6,6 @@ import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol
 
 import networkx as nx
@@ -16,6 +15,7 @@ from graphopt.errors import NoMatchError, ParityError, PipelineError, nearest
 from graphopt.execution import run
 from graphopt.ir import Graph
 from graphopt.parity import Contract, Difference, Outputs, Probe, bisect, judge
+from graphopt.plugins import plugins
 from graphopt.rewrite import RewriteLog, Rule, apply_rules
 from graphopt.schemas.pipeline import Budget, Exact
 from graphopt.schemas.report import PassReport, RefusalReport, StageParity
@@ -85,13 +85,7 @@ class Instrument(Protocol):
 
 def known_passes() -> dict[str, type[Pass]]:
     """Every installed pass by kind, third parties' included."""
-    found: dict[str, type[Pass]] = {}
-    for point in sorted(entry_points(group=PASSES), key=lambda point: point.name):
-        loaded = point.load()
-        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
-            raise PipelineError(f"the entry point {point.name!r} ({point.value}) is no graphopt Pass")
-        found[point.name] = loaded
-    return found
+    return plugins(PASSES, Pass)
 
 
 def load_passes(
