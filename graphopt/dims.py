@@ -60,7 +60,7 @@ class Dim:
         """The size written as Python arithmetic: ``"2*sequence + 1"``, ``"max(a, b) // 4"``."""
         try:
             return _from_ast(ast.parse(text, mode="eval").body)
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, ZeroDivisionError) as error:
             raise ParseError(
                 f"not a size: {text!r} ({error})", hint="use names, + - * // %, max(a, b), min(a, b)"
             ) from None
@@ -169,11 +169,15 @@ def _from_terms(terms: Mapping[Monomial, int]) -> Size:
 
 
 def _opaque(fn: str, a: Size, b: Size) -> Dim:
+    if fn in ("max", "min"):
+        a, b = sorted((a, b), key=lambda size: (isinstance(size, int), str(size)))
     return Dim((((Call(fn, a, b),), 1),))
 
 
 def floordiv(a: Any, b: Any) -> Any:
     """``a // b``: exact where ``b`` divides ``a``'s terms, symbolic where it does not."""
+    if isinstance(b, int) and b == 0:
+        raise ZeroDivisionError(f"{a} // 0")
     if not (isinstance(a, Dim) or isinstance(b, Dim)):
         return a // b
     quotient, rest = _divide(a, b)
@@ -184,6 +188,8 @@ def floordiv(a: Any, b: Any) -> Any:
 
 def mod(a: Any, b: Any) -> Any:
     """``a % b``: what is left of the terms that ``b`` does not divide."""
+    if isinstance(b, int) and b == 0:
+        raise ZeroDivisionError(f"{a} % 0")
     if not (isinstance(a, Dim) or isinstance(b, Dim)):
         return a % b
     _, rest = _divide(a, b)
@@ -262,5 +268,7 @@ def _from_ast(node: ast.expr) -> Size:
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return cast("Size", _BINARY[type(node.op)](_from_ast(node.left), _from_ast(node.right)))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("max", "min"):
+        if len(node.args) != 2 or node.keywords:
+            raise ValueError(f"{node.func.id} takes two sizes")
         return cast("Size", FUNCTIONS[node.func.id](*map(_from_ast, node.args)))
     raise ValueError(f"cannot read {ast.unparse(node)}")

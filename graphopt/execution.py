@@ -69,7 +69,9 @@ def run(
 ) -> dict[str, Tensor]:
     """The outputs of the graph by name. ``tap`` sees every value that a node computes, in order; ``weights`` replaces the
     data of the graph's own. Inputs, weights and result live on one device: the inputs'."""
-    given = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in inputs.items()}
+    given = {
+        name: (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in inputs.items()
+    }
     env: dict[str, Any] = bind_dims({name: value.type for name, value in graph.inputs.items()}, graph.dims, given)
     device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
     values: dict[Value, Tensor] = {graph.value(name): tensor for name, tensor in inputs.items()}
@@ -103,8 +105,8 @@ class GraphModule(nn.Module):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.graph = graph
-        self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._graphopt_graph = graph  # a name that no weight's path begins with
+        self._graphopt_places: dict[str, tuple[nn.Module, str]] = {}
         for name, weight in graph.weights.items():
             *path, leaf = name.split(".")
             owner: nn.Module = self
@@ -117,13 +119,18 @@ class GraphModule(nn.Module):
                 owner.register_parameter(leaf, nn.Parameter(tensor))
             else:
                 owner.register_buffer(leaf, tensor)
-            self._places[name] = owner, leaf
+            self._graphopt_places[name] = owner, leaf
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
         """Outputs by name; positional inputs in the graph's order."""
-        inputs = dict(zip(self.graph.inputs, args, strict=False)) | kwargs
-        weights = {name: getattr(owner, leaf) for name, (owner, leaf) in self._places.items()}
-        return run(self.graph, inputs, weights=weights)
+        graph = self._graphopt_graph
+        if len(args) > len(graph.inputs):
+            raise InputError(
+                f"{len(args)} inputs are given, the graph has {len(graph.inputs)}: {', '.join(graph.inputs)}"
+            )
+        inputs = dict(zip(graph.inputs, args, strict=False)) | kwargs
+        weights = {name: getattr(owner, leaf) for name, (owner, leaf) in self._graphopt_places.items()}
+        return run(graph, inputs, weights=weights)
 
 
 def copy_into(target: Graph, source: Graph, mapping: dict[Value, Value]) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
     torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
     torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2",
 }  # fmt: skip
@@ -258,6 +259,7 @@ class Graph:
             from graphopt.inference import infer
 
             types = infer(op, node.args)
+        self._check_own(node)
         base = op.split(".")[1]
         names = names or [base] * len(types)
         node.outputs = tuple(
@@ -269,6 +271,7 @@ class Graph:
 
     def set_args(self, node: Node, args: Mapping[str, Any]) -> None:
         """Replace some arguments of a node."""
+        self._check_own(node, args)
         unknown = args.keys() - node.args.keys()
         if unknown:
             raise GraphError(f"{node.op} has no argument {', '.join(sorted(unknown))}", where=node.where)
@@ -300,6 +303,12 @@ class Graph:
         self._unlink(node)
         node.graph = None
 
+    def remove_weight(self, value: Value) -> None:
+        """Take out a weight that nothing uses."""
+        if value.users or self.is_output(value):
+            raise GraphError(f"%{value.name} is still used and cannot be removed")
+        del self.weights[value.name], self._values[value.name]
+
     def remove_dead(self, roots: Iterable[Node]) -> None:
         """Remove those of ``roots`` that nothing uses, and whatever only they used."""
         queue = [node for node in roots if node.graph is self]
@@ -315,8 +324,9 @@ class Graph:
         """Remove every node and weight that no output needs; how many nodes went."""
         before = len(self)
         self.remove_dead(reversed(list(self.nodes)))
-        for name in [n for n in self.weights if not self._values[n].users and not self.is_output(self._values[n])]:
-            del self.weights[name], self._values[name]
+        for value in [self._values[name] for name in self.weights]:
+            if not value.users and not self.is_output(value):
+                self.remove_weight(value)
         return before - len(self)
 
     def rename(self, value: Value, name: str) -> None:
@@ -421,10 +431,14 @@ class Graph:
         self._values[name] = value
         return value
 
+    def _check_own(self, node: Node, args: Mapping[str, Any] | None = None) -> None:
+        for arg in (node.args if args is None else args).values():
+            for leaf in leaves(arg):
+                if isinstance(leaf, Value) and self._values.get(leaf.name) is not leaf:
+                    raise GraphError(f"%{leaf.name} is not a value of this graph", where=node.where)
+
     def _count(self, node: Node, operands: Iterable[Value]) -> None:
         for operand in operands:
-            if self._values.get(operand.name) is not operand:
-                raise GraphError(f"%{operand.name} is not a value of this graph", where=node.where)
             operand.users[node] = operand.users.get(node, 0) + 1
 
     def _uncount(self, node: Node) -> None:

@@ -105,7 +105,7 @@ def _slice(args: Mapping[str, Any], types: tuple[TensorType, ...]) -> Call | Val
             return otherwise
         if isinstance(end, int) and end < 0:
             from_end: Size = size + end
-            return from_end
+            return max(from_end, 0) if isinstance(from_end, int) else from_end
         known: Size = end
         return min(known, size) if isinstance(known, int) and isinstance(size, int) else known  # torch clips
 

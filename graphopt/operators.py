@@ -90,6 +90,12 @@ def bind(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
     return bound
 
 
+@cache
+def is_random(op: str) -> bool:
+    """Whether two calls with the same arguments may differ."""
+    return torch.Tag.nondeterministic_seeded in resolve(op).tags
+
+
 def shapes_of(op: str, args: Mapping[str, Any], device: str) -> tuple[torch.Tensor, ...]:
     """Results of the right dtype and shape, without values: by the op's own shape function if it has one."""
     own = graphopt.ops.SHAPES.get(op)

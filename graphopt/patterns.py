@@ -162,7 +162,7 @@ def _match_hole(hole: Hole, arg: Any, found: Found) -> Iterator[Found]:
 
 
 def _match_call(pattern: CallPattern, arg: Any, found: Found, index: int) -> Iterator[Found]:
-    if not isinstance(arg, Value) or arg.producer is None or arg.producer.outputs[index] is not arg:
+    if not isinstance(arg, Value) or arg.producer is None or arg not in arg.producer.outputs[index : index + 1]:
         return
     node = arg.producer
     if pattern in found.nodes:
@@ -192,7 +192,8 @@ def _assignments(pattern: CallPattern, node: Node) -> Iterator[dict[str, Any]]:
         return
     written = dict(zip(names, pattern.args, strict=False))
     yield written | pattern.kwargs
-    if pattern.packet.split(".")[1] in COMMUTATIVE and len(pattern.args) >= 2:
+    symmetric = pattern.packet.split(".")[1] in COMMUTATIVE and node.args.get("alpha", 1) == 1
+    if symmetric and len(pattern.args) >= 2:
         swapped = dict(zip(names, (pattern.args[1], pattern.args[0], *pattern.args[2:]), strict=False))
         yield swapped | pattern.kwargs
 
@@ -217,7 +218,8 @@ def _equal(expected: Any, arg: Any) -> bool:
     if isinstance(expected, bool) or isinstance(arg, bool) or expected is None or arg is None:
         return expected is arg
     if isinstance(expected, (int, float)) and isinstance(arg, (int, float)):
-        return expected == arg or math.isclose(expected, arg, rel_tol=1e-6)
+        both_whole = isinstance(expected, int) and isinstance(arg, int)
+        return expected == arg or (not both_whole and math.isclose(expected, arg, rel_tol=1e-6))
     if isinstance(expected, (int, Dim)) or isinstance(arg, (int, Dim)):
         return type(expected) is type(arg) and bool(expected == arg)
     return bool(expected == arg)

@@ -78,7 +78,11 @@ class Rule:
     def _holes(self) -> dict[str, Hole]:
         hints = typing.get_type_hints(type(self).pattern)
         names = list(inspect.signature(self.pattern).parameters)[1:]
-        return {name: hints[name](name) if isinstance(hints.get(name), type) else Hole(name) for name in names}
+        return {name: _hole_class(hints.get(name))(name) for name in names}
+
+
+def _hole_class(annotation: Any) -> type[Hole]:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Hole) else Hole
 
 
 class Match:
@@ -115,6 +119,7 @@ class Build:
     def __init__(self, graph: Graph, before: Node, origin: tuple[str, ...]) -> None:
         self._graph, self._before, self._origin = graph, before, origin
         self.made: list[Node] = []
+        self.weights: list[Value] = []
 
     def __getattr__(self, name: str) -> BuildOp:
         return BuildOp(self, name if name in ("aten", "graphopt") else f"aten.{name}")
@@ -142,7 +147,8 @@ class Build:
 
     def weight(self, name: str, weight: Weight) -> Value:
         """A new weight in the graph."""
-        return self._graph.add_weight(self._graph.unique(name), weight)
+        self.weights.append(self._graph.add_weight(self._graph.unique(name), weight))
+        return self.weights[-1]
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,8 @@ class _Rewriter:
             values = [node.outputs[index]]
             for pattern in others:
                 call = pattern.call if isinstance(pattern, Item) else pattern
+                if call not in found.nodes:
+                    raise RewriteError(f"the pattern of {rule.name} has a value that its first one does not lead to")
                 values.append(found.nodes[call].outputs[pattern.index if isinstance(pattern, Item) else 0])
             yield tuple(values), found
 
@@ -251,10 +259,12 @@ class _Rewriter:
         try:
             result = rule.rewrite(build, Match(found, roots))
             new = result if isinstance(result, tuple) else (result,)
-            self._check_result(rule, roots, new)
+            self._check_result(rule, roots, new, build)
         except BaseException:
             for made in reversed(build.made):
                 self.graph.remove(made)
+            for weight in build.weights:
+                self.graph.remove_weight(weight)
             raise
         for old, value in zip(roots, new, strict=True):
             self.graph.replace(old, value)
@@ -288,15 +298,18 @@ class _Rewriter:
                     raise Refusal(f"{name} is computed after %{place.outputs[0].name}")
         return place
 
-    def _check_result(self, rule: Rule, roots: tuple[Value, ...], new: tuple[Value, ...]) -> None:
+    def _check_result(self, rule: Rule, roots: tuple[Value, ...], new: tuple[Any, ...], build: Build) -> None:
+        where = roots[0].producer.where if roots[0].producer else None
         if len(roots) != len(new):
-            raise RewriteError(f"{rule.name} replaces {len(roots)} values by {len(new)}")
+            raise RewriteError(f"{rule.name} replaces {len(roots)} values by {len(new)}", where=where)
         for old, value in zip(roots, new, strict=True):
+            if not isinstance(value, Value):
+                raise RewriteError(f"{rule.name} replaces {old!r} by {value!r}", where=where)
             if old.type != value.type:
-                raise RewriteError(
-                    f"{rule.name} replaces {old!r} by {value!r}: the types differ",
-                    where=old.producer.where if old.producer else None,
-                )
+                raise RewriteError(f"{rule.name} replaces {old!r} by {value!r}: the types differ", where=where)
+        for made in build.made:
+            if any(operand in roots for operand in made.operands):
+                raise RewriteError(f"{rule.name} makes {made.op} of a value that it replaces", where=where)
 
 
 def _origin_of(roots: tuple[Value, ...], label: str) -> tuple[str, ...]:

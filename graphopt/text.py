@@ -158,7 +158,10 @@ def _parse_leaf(graph: Graph, text: str) -> Any:
     if text.startswith("["):
         return tuple(_parse_leaf(graph, part) for part in _split(text[1:-1]))
     if text.startswith('"'):
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ParseError(f"not a string: {text}", hint=str(error)) from None
     if text in _WORDS:
         return _WORDS[text]
     if re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d+)?", text) and not text.lstrip("-").isdigit():
@@ -168,15 +171,13 @@ def _parse_leaf(graph: Graph, text: str) -> Any:
 
 def _split(text: str) -> Iterator[str]:
     """Parts between the commas that stand outside brackets and strings."""
-    depth, quoted, start = 0, False, 0
-    for index, char in enumerate(text):
-        if char == '"' and (index == 0 or text[index - 1] != "\\"):
-            quoted = not quoted
-        elif not quoted and char in "([":
+    depth, start = 0, 0
+    for index, char in _outside_strings(text):
+        if char in "([":
             depth += 1
-        elif not quoted and char in ")]":
+        elif char in ")]":
             depth -= 1
-        elif char == "," and not depth and not quoted:
+        elif char == "," and not depth:
             yield text[start:index].strip()
             start = index + 1
     if text[start:].strip():
@@ -184,5 +185,18 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _split_comment(line: str) -> tuple[str, tuple[str, ...]]:
-    body, mark, comment = line.partition("  # ")
-    return body.rstrip(), tuple(comment.split(" | ")) if mark else ()
+    for index, char in _outside_strings(line):
+        if char == "#" and line[max(index - 2, 0) : index + 2] == "  # ":
+            return line[:index].rstrip(), tuple(line[index + 2 :].split(" | "))
+    return line, ()
+
+
+def _outside_strings(text: str) -> Iterator[tuple[int, str]]:
+    """The characters that stand in no string, with their places."""
+    quoted = escaped = False
+    for index, char in enumerate(text):
+        if not quoted and char != '"':
+            yield index, char
+        elif char == '"' and not escaped:
+            quoted = not quoted
+        escaped = quoted and char == "\\" and not escaped

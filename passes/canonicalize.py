@@ -49,8 +49,8 @@ class DropAndTrue(Rule):
     """x & true, x | false  ->  x"""
 
     def pattern(self, op: Ops, x: TensorHole, size: Hole, dtype: Hole) -> Any:
-        true = op.full(size, 1, dtype=dtype).shared()
-        false = op.full(size, 0, dtype=dtype).shared()
+        true = op.full(size, 1, dtype=dtype).shared() | op.full(size, True, dtype=dtype).shared()
+        false = op.full(size, 0, dtype=dtype).shared() | op.full(size, False, dtype=dtype).shared()
         return op.bitwise_and(x, true) | op.bitwise_or(x, false)
 
     def rewrite(self, op: Build, m: Match) -> Value:
@@ -156,6 +156,8 @@ def _fold_constants(graph: Graph, log: RewriteLog, limit: int) -> None:
     """Make a weight of every value that depends on weights alone. Its data are computed when they are read."""
     for node in graph.nodes:
         operands = list(node.operands)
+        if operators.is_random(node.op):
+            continue
         if len(node.outputs) != 1 or not operands or any(graph.weight_of(operand) is None for operand in operands):
             continue
         if node.output.type.names or any(_is_dim(leaf) for arg in node.args.values() for leaf in leaves(arg)):
@@ -199,6 +201,8 @@ def _share_equal(graph: Graph, log: RewriteLog) -> None:
     """Of nodes with the same op and arguments keep the first."""
     seen: dict[Any, Node] = {}
     for node in graph.nodes:
+        if operators.is_random(node.op):
+            continue
         key = node.op, tuple((name, _key(arg)) for name, arg in node.args.items())
         first = seen.setdefault(key, node)
         if first is node:

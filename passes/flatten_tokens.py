@@ -44,6 +44,11 @@ def _only_tokens(flat: Value, value: Value) -> None:
     applies(flat.type.shape[1] == value.type.shape[-1])
 
 
+def _only_features(m: Match) -> None:
+    """A norm works token by token if it is over the last axis alone."""
+    applies(len(m.node.args.get("normalized_shape", (1,))) == 1)
+
+
 def _tokens(shape: tuple[Size, ...]) -> Size:
     return functools.reduce(operator.mul, shape[:-1], 1)
 
@@ -71,6 +76,7 @@ class FlattenUnary(Rule):
     def rewrite(self, op: Build, m: Match) -> Value:
         first = next(iter(m.node.args))
         _only_tokens(m.x, m.node.args[first])
+        _only_features(m)
         (flat,) = op.call(m.node.op, m.node.args | {first: m.x})
         result: Value = op.reshape(flat, m.roots[0].type.shape)
         return result
@@ -81,9 +87,7 @@ class FlattenBinary(Rule):
 
     def pattern(self, op: Ops, a: TensorHole, b: TensorHole, shape: Hole) -> Any:
         flat = op.reshape(a, shape).shared()
-        return _any_of(
-            _named(op, path)(flat, b, ...).tag(flat=0) | _named(op, path)(b, flat, ...).tag(flat=1) for path in BINARY
-        )
+        return _any_of(_named(op, path)(flat, b, ...) | _named(op, path)(b, flat, ...) for path in BINARY)
 
     def rewrite(self, op: Build, m: Match) -> Value:
         (flat,) = _flatten_pair(op, m)
@@ -107,18 +111,18 @@ class FlattenAddNorm(Rule):
         return call[0], call[1]
 
     def rewrite(self, op: Build, m: Match) -> tuple[Value, ...]:
-        m.found.tags["flat"] = self.flat
         return tuple(op.reshape(flat, m.roots[0].type.shape) for flat in _flatten_pair(op, m))
 
 
 def _flatten_pair(op: Build, m: Match) -> tuple[Value, ...]:
     """The matched op with both of its first operands flat."""
     names = list(m.node.args)[:2]
-    split = m.node.args[names[m.flat]]
+    split = next(node.output for node in m.found.nodes.values() if node.op == "aten.reshape.default")
     _only_tokens(m.a, split)
+    _only_features(m)
     require(m.b.type == split.type, "the operands differ in type")
     other = op.reuse("reshape.default", m.b, m.a.type.shape)
-    pair = (m.a, other) if m.flat == 0 else (other, m.a)
+    pair = (m.a, other) if m.node.args[names[0]] is split else (other, m.a)
     return op.call(m.node.op, m.node.args | dict(zip(names, pair, strict=True)))
 
 

@@ -46,7 +46,7 @@ class FuseGeluTanh(Rule):
     def pattern(self, op: Ops, x: TensorHole) -> Any:
         root = math.sqrt(2 / math.pi)
         cubic = op.mul(op.add(x, op.mul(op.pow(x, 3), 0.044715)), root)
-        factored = op.mul(op.mul(x, root), op.add(op.mul(op.mul(x, x) | op.mul(op.mul(x, 0.044715), x), 0.044715), 1))
+        factored = op.mul(op.mul(x, root), op.add(op.mul(op.mul(x, x), 0.044715), 1))
         nested = op.mul(op.mul(x, root), op.add(op.mul(op.mul(x, 0.044715), x), 1))
         return _half_of(op, x, op.add(op.tanh(cubic | factored | nested), 1))
 

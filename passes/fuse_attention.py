@@ -18,6 +18,7 @@ import math
 from typing import Any, ClassVar, Literal
 
 from graphopt import masks
+from graphopt.dims import Size
 from graphopt.ir import Value
 from graphopt.patterns import Hole, NumberHole, Ops, Pattern, TensorHole
 from graphopt.pipeline import RulePass
@@ -33,6 +34,7 @@ class FuseSdpa(Rule):
     def rewrite(self, op: Build, m: Match) -> Value:
         args = m.node.args
         dims = m.dims(q="b h s d", k="b n t d", v="b n t e")
+        _require_no_widening(args["attn_mask"], dims)
         require(args["dropout_p"] == 0, "it has dropout")
         require(args["enable_gqa"] or dims["h"] == dims["n"], "q and k differ in heads without enable_gqa")
         scale = args["scale"]
@@ -69,12 +71,25 @@ class FuseMatmulSoftmax(Rule):
         return op.matmul(op.to.dtype(w, ...) | w, v)
 
     def rewrite(self, op: Build, m: Match) -> Value:
-        m.dims(q="b h s d", k="b h t d", v="b h t e")
+        dims = m.dims(q="b h s d", k="b h t d", v="b h t e")
         require(m.q.type.dtype == m.k.type.dtype == m.v.type.dtype, "mixed dtypes")
-        scale = float(m.q_scale or 1) * float(m.k_scale or 1) * float(m.scale or 1) / float(m.divisor or 1)
+        if m.bias is not None:
+            require(m.bias.type.dtype.is_floating_point, "what is added to the scores is not floating")
+        _require_no_widening(m.bias, dims)
+        require(m.divisor != 0, "the scores are divided by zero")
+        factors = [float(number) for number in (m.q_scale, m.k_scale, m.scale) if number is not None]
+        scale = math.prod(factors) / float(m.divisor if m.divisor is not None else 1)
         softcap = float(m.cap) if m.softcap else 0.0
         result: Value = op.graphopt.attention(m.q, m.k, m.v, m.bias, scale=scale, softcap=softcap)
         return result
+
+
+def _require_no_widening(bias: Value | None, dims: dict[str, Size]) -> None:
+    """A mask must broadcast to the scores, and not the scores to the mask."""
+    shape = () if bias is None else bias.type.shape
+    scores = (dims["b"], dims["h"], dims["s"], dims["t"])
+    fits = len(shape) <= 4 and all(size in (1, whole) for size, whole in zip(shape[::-1], scores[::-1], strict=False))
+    require(fits, "the mask is larger than the scores")
 
 
 class FoldRepeatKv(Rule):
@@ -107,14 +122,18 @@ class ProveMask(Rule):
 
     def rewrite(self, op: Build, m: Match) -> Value:
         args = m.node.args
-        batch, keys = m.k.type.shape[0], m.k.type.shape[2]
+        sequence = 1 if args["heads_last"] else 2
+        batch, queries, keys = m.k.type.shape[0], m.q.type.shape[sequence], m.k.type.shape[sequence]
         assert m.node.graph is not None
-        proof = masks.prove(m.node.graph, m.bias, m.q.type.shape[2], keys)
+        proof = masks.prove(m.node.graph, m.bias, queries, keys)
         if isinstance(proof, masks.Unproven):
             require(False, f"the mask %{m.bias.name} stays a bias: {proof.reason}")
         assert isinstance(proof, masks.Mask)
         require(proof.causal == "none" or args["causal"] == "none", "it is causal twice")
         require(max(args["window_left"], args["window_right"]) < 0, "it has a window already")
+        if max(proof.window_left, proof.window_right) >= 0:
+            counts_alike = args["causal"] != "lower_right" or queries == keys
+            require(counts_alike, "its window counts from the upper left, its causal part from the lower right")
         key_mask = args["key_mask"]
         if proof.key_mask is not None:
             require(key_mask is None, "it has a key mask already")
@@ -149,6 +168,7 @@ class FuseRotary(Rule):
 
     def rewrite(self, op: Build, m: Match) -> Value:
         m.dims(x="b h s d")
+        require(m.x.type.dtype == m.cos.type.dtype == m.sin.type.dtype, "x, cos and sin differ in dtype")
         width = m.x.type.shape[3]
         require(m.end == width == 2 * m.half, "x is not turned by halves")
         for name, angle in (("cos", m.cos), ("sin", m.sin)):

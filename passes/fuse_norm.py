@@ -31,6 +31,7 @@ def _require_last_axis(m: Match) -> None:
 
 def _require_vector(m: Match, name: str, value: Value) -> None:
     require(value.type.shape == m.x.type.shape[-1:], f"{name} is {value.type}, not one number for each feature")
+    require(value.type.dtype == m.x.type.dtype, f"{name} and input differ in dtype")
 
 
 class FuseRmsNorm(Rule):
@@ -44,7 +45,6 @@ class FuseRmsNorm(Rule):
     def rewrite(self, op: Build, m: Match) -> Value:
         _require_last_axis(m)
         _require_vector(m, "weight", m.weight)
-        require(m.weight.type.dtype == m.x.type.dtype, "weight and input differ in dtype")
         result: Value = op.rms_norm(m.x, m.x.type.shape[-1:], m.weight, m.eps)
         return result
 

@@ -71,7 +71,12 @@ def _groups(graph: Graph) -> list[list[Node]]:
             part is None or graph.weight_of(part) is not None for part in (node.args["weight"], node.args["bias"])
         ):
             found.setdefault(node.args["input"], []).append(node)
-    return [group for group in found.values() if len(group) > 1]
+    return [group for group in found.values() if len(group) > 1 and _are_matrices(group)]
+
+
+def _are_matrices(group: list[Node]) -> bool:
+    """A weight of one dimension is a dot product, which has no rows to join."""
+    return all(len(node.args["weight"].type.shape) == 2 for node in group)
 
 
 def _merge(graph: Graph, group: list[Node], label: str) -> None:

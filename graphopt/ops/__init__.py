@@ -36,7 +36,7 @@ def _op(
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? key_mask=None, Tensor? kv_lengths=None, "
     "Tensor? sinks=None, *, float scale, str causal='none', int window_left=-1, int window_right=-1, "
     "float softcap=0.0, bool heads_last=False) -> Tensor",
-    shapes=lambda args: (_check_attention(args["q"], args["k"], args["v"], args["heads_last"]),),
+    shapes=lambda args: (_attention_shape(**{name: args[name] for name in ("q", "k", "v", "causal", "heads_last")}),),
 )
 def attention(
     q: Tensor,
@@ -98,9 +98,18 @@ def attention(
     return result.transpose(1, 2) if heads_last else result
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, heads_last: bool) -> Tensor:
+CAUSAL = ("none", "upper_left", "lower_right")
+
+
+def _check_causal(causal: str) -> None:
+    if causal not in CAUSAL:
+        raise ValueError(f"causal is {causal!r}, not one of {', '.join(CAUSAL)}")
+
+
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, causal: str, heads_last: bool) -> Tensor:
     """The empty result. ValueError if q, k and v do not fit together."""
     heads = 2 if heads_last else 1
+    _check_causal(causal)
     if not (q.ndim == k.ndim == v.ndim == 4 and q.dtype == k.dtype == v.dtype):
         raise ValueError("q, k and v are of one dtype and four dimensions")
     if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
@@ -110,9 +119,30 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, heads_last: bool) -> Tenso
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-def _like(*names: str) -> Callable[[Mapping[str, Any]], tuple[Tensor, ...]]:
-    """Results of the shapes of these arguments."""
-    return lambda args: tuple(args[name].new_empty(args[name].shape) for name in names)
+def _like(first: str, second: str | None = None, results: int = 1) -> Callable[[Mapping[str, Any]], tuple[Tensor, ...]]:
+    """Results of the type of the first argument, which the second one must have too."""
+
+    def shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        x, y = args[first], args[first if second is None else second]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise ValueError(f"{first} {list(x.shape)} and {second} {list(y.shape)} differ in type")
+        return tuple(x.new_empty(x.shape) for _ in range(results))
+
+    return shapes
+
+
+def _rotary_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    x, cos, sin = args["x"], args["cos"], args["sin"]
+    rows = 1 if args["heads_last"] else 2
+    fits = x.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape and x.dtype == cos.dtype == sin.dtype
+    if (
+        not fits
+        or cos.shape[0] not in (1, x.shape[0])
+        or cos.shape[1] != x.shape[rows]
+        or 2 * cos.shape[2] > x.shape[3]
+    ):
+        raise ValueError(f"x {list(x.shape)}, cos {list(cos.shape)} and sin {list(sin.shape)} do not fit together")
+    return (x.new_empty(x.shape),)
 
 
 def _visible(
@@ -126,6 +156,7 @@ def _visible(
     window_right: int,
 ) -> Tensor | None:
     """Which keys each query may see, bool, broadcasting to ``[B, H, S, T]``; None for all."""
+    _check_causal(causal)
     key = torch.arange(keys, device=device)
     query = torch.arange(queries, device=device).unsqueeze(1)
     if causal == "lower_right":
@@ -149,7 +180,7 @@ def _visible(
     return visible
 
 
-@_op("(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, bool heads_last=False) -> Tensor", _like("x"))
+@_op("(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, bool heads_last=False) -> Tensor", _rotary_shapes)
 def rotary_embedding(
     x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, heads_last: bool = False
 ) -> Tensor:
@@ -175,7 +206,7 @@ def rotary_embedding(
 @_op(
     "(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-05) -> (Tensor, Tensor)",
-    shapes=_like("x", "x"),
+    shapes=_like("x", "residual", results=2),
 )
 def add_layer_norm(
     x: Tensor,
@@ -192,7 +223,7 @@ def add_layer_norm(
 
 @_op(
     "(Tensor x, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> (Tensor, Tensor)",
-    shapes=_like("x", "x"),
+    shapes=_like("x", "residual", results=2),
 )
 def add_rms_norm(
     x: Tensor, residual: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
@@ -211,7 +242,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@_op("(Tensor gate, Tensor up, *, str activation) -> Tensor", _like("gate"))
+@_op("(Tensor gate, Tensor up, *, str activation) -> Tensor", _like("gate", "up"))
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
     """``activation(gate) * up``: SwiGLU with ``silu``, GeGLU with ``gelu`` or ``gelu_tanh`` (arXiv:2002.05202)."""
     return ACTIVATIONS[activation](gate) * up
