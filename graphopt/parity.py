@@ -14,6 +14,7 @@ from torch import Tensor
 from graphopt.errors import ParityError
 from graphopt.execution import run
 from graphopt.ir import Graph, Value
+from graphopt.runtime.engine import to_torch
 from graphopt.schemas.pipeline import HIGHER_IS_BETTER, Budget, Exact
 from graphopt.schemas.report import OutputParity, ProbeParity, StageParity
 
@@ -45,7 +46,7 @@ def compare(reference: Mapping[str, Any], candidate: Mapping[str, Any], mask: An
 
 
 def _tensor(array: Any) -> Tensor:
-    tensor: Tensor = torch.from_numpy(np.array(array)) if isinstance(array, np.ndarray) else array
+    tensor: Tensor = to_torch(array) if isinstance(array, np.ndarray) else array
     return tensor.detach().cpu()
 
 
@@ -74,10 +75,16 @@ def _compare_one(name: str, expected: Tensor, got: Tensor, mask: Tensor | None) 
         max_abs=max_abs,
         relative=max_abs / scale if scale else max_abs,
         cosine=max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else -1.0,
-        snr=math.inf if not noise else -math.inf if not signal else 20 * math.log10(signal / noise),
+        snr=_decibels(signal, noise),
         compared=a.numel(),
         left_out=total - a.numel(),
     )
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if not noise:
+        return math.inf
+    return 20 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
 
 
 def _as_numbers(tensor: Tensor) -> Tensor:
@@ -105,11 +112,7 @@ def _logits_metric(metric: str, reference: Outputs, candidate: Outputs, mask: Te
         if not tensor.is_floating_point() or tensor.ndim < 1:
             continue
         expected, got = select(tensor.cpu(), kept).double(), select(_tensor(candidate[name]), kept).double()
-        if metric == "top1":
-            values.append(float((expected.argmax(-1) == got.argmax(-1)).double().mean()))
-        else:
-            p, q = expected.log_softmax(-1), got.log_softmax(-1)
-            values.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        values.append(_agreement(expected, got) if metric == "top1" else _divergence(expected, got))
     if not values:
         raise ParityError(f"the metric {metric} needs a floating output")
     return min(values) if metric == "top1" else max(values)
@@ -152,6 +155,20 @@ def _coarsest_epsilon(references: Sequence[Outputs]) -> float:
     return max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
 
 
+def _agreement(expected: Tensor, got: Tensor) -> float:
+    """Share of rows with the same largest element; a row with NaN agrees with none."""
+    same = (expected.argmax(-1) == got.argmax(-1)) & ~got.isnan().any(-1)
+    return float(same.double().mean())
+
+
+def _divergence(expected: Tensor, got: Tensor) -> float:
+    """Mean KL divergence of the softmax over the last axis, in nats; infinite where there is NaN."""
+    p, q = expected.log_softmax(-1), got.log_softmax(-1)
+    terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
+    mean = float(terms.sum(-1).mean())
+    return math.inf if math.isnan(mean) else mean
+
+
 @dataclass(frozen=True)
 class Difference:
     """The first value, in the candidate's order, that is not the reference's."""
@@ -182,7 +199,7 @@ def bisect(
             continue
         mask = None if probe.mask is None else probe.mask.bool()
         parity = _compare_one(name, _positions_first(known, mask), _positions_first(got.cpu(), mask), mask)
-        if parity.relative > tolerance and math.isfinite(parity.relative):
+        if parity.relative > tolerance:
             origin = _origin(candidate if isinstance(candidate, Graph) else reference, name)
             return Difference(name, origin, parity)
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -126,9 +126,7 @@ def validation_message(error: ValidationError, fields: Iterable[str]) -> str:
 
 def check_order(steps: Sequence[Pass], file: str, known: Mapping[str, type[Pass]]) -> None:
     """PipelineError if a pass comes before what it needs, with the order or the pass that would work."""
-    facts: set[str] = set()
-    for index, step in enumerate(steps):
-        missing = step.requires - facts
+    for index, (step, missing) in enumerate(_missing_facts(steps)):
         if missing:
             hint = _working_order(steps) or _missing_pass(missing, known)
             raise PipelineError(
@@ -136,7 +134,6 @@ def check_order(steps: Sequence[Pass], file: str, known: Mapping[str, type[Pass]
                 where=f"{file}, passes[{index}]",
                 hint=hint,
             )
-        facts = (facts - step.invalidates) | step.provides
 
 
 def _working_order(steps: Sequence[Pass]) -> str | None:
@@ -151,11 +148,24 @@ def _working_order(steps: Sequence[Pass]) -> str | None:
             if not providers:
                 return None
             needs.add_edge(providers[0], index)
+            spoilers = (other for other, candidate in enumerate(steps) if fact in candidate.invalidates and other != index)
+            needs.add_edges_from((index, spoiler) for spoiler in spoilers)
     try:
         order = list(nx.lexicographical_topological_sort(needs))
     except nx.NetworkXUnfeasible:
         return None
-    return "this order works: " + ", ".join(steps[index].kind for index in order)
+    ordered = [steps[index] for index in order]
+    if any(missing for _, missing in _missing_facts(ordered)):
+        return None
+    return "this order works: " + ", ".join(step.kind for step in ordered)
+
+
+def _missing_facts(steps: Sequence[Pass]) -> Iterator[tuple[Pass, frozenset[str]]]:
+    """Each pass with what it needs and nothing before it provides."""
+    facts: frozenset[str] = frozenset()
+    for step in steps:
+        yield step, step.requires - facts
+        facts = (facts - step.invalidates) | step.provides
 
 
 def _missing_pass(missing: set[str] | frozenset[str], known: Mapping[str, type[Pass]]) -> str:

@@ -76,9 +76,10 @@ def make_probes(
     """Three probes: other sizes than the traced ones, the traced ones, and the smallest that ``dims`` allows."""
     generator = torch.Generator().manual_seed(seed)
     other = {name: _clamp(traced[name] + 1 + 2 * index, bounds) for index, (name, bounds) in enumerate(dims.items())}
+    example = {name: _clamp(traced[name], bounds) for name, bounds in dims.items()}
     smallest = {name: bounds.min for name, bounds in dims.items()}
     probes: list[Probe] = []
-    for sizes in (other, dict(traced), smallest):
+    for sizes in (other, example, smallest):
         if any(probe.sizes == sizes for probe in probes):
             continue
         inputs = sample(sizes, generator)

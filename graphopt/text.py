@@ -152,6 +152,9 @@ _WORDS: dict[str, Any] = {
 }  # fmt: skip
 
 
+RESERVED = frozenset(_WORDS)  # words that stand for themselves in an argument, and so name no size
+
+
 def _parse_leaf(graph: Graph, text: str) -> Any:
     if text.startswith("%"):
         return graph.value(text[1:])

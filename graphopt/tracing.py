@@ -7,6 +7,7 @@ functionalized first, inference no-ops are dropped at the door (:mod:`graphopt.n
 from __future__ import annotations
 
 import contextlib
+import keyword
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from graphopt.errors import GraphError, TracingError
 from graphopt.inference import size_from_torch
 from graphopt.ir import DimRange, Graph, TensorType, Value, Weight, map_arg
 from graphopt.normalize import is_assertion, normalize
+from graphopt.text import RESERVED
 
 Axes: TypeAlias = "Mapping[str, Sequence[str | None]]"
 
@@ -65,6 +67,9 @@ def _check_request(module: nn.Module, given: Mapping[str, Any], axes: Axes, dims
     for name, names in axes.items():
         if isinstance(given[name], torch.Tensor) and len(names) != given[name].ndim:
             raise TracingError(f"input {name!r} has {given[name].ndim} axes, {len(names)} are named")
+    for axis in {axis for names in axes.values() for axis in names if axis}:
+        if not axis.isidentifier() or keyword.iskeyword(axis) or axis in RESERVED:
+            raise TracingError(f"{axis!r} cannot name a size", hint="use a plain name, as in batch or sequence")
     unused = dims.keys() - {axis for names in axes.values() for axis in names if axis}
     if unused:
         raise TracingError(f"dims names {', '.join(sorted(unused))}, which no axis of any input has")
@@ -174,7 +179,14 @@ class _Importer:
         results = self._import(program.graph_module, env)
         self._name_outputs(results)
         self.graph.prune()
-        self.graph.verify()
+        try:
+            self.graph.verify()
+        except GraphError as error:
+            raise TracingError(
+                f"the model does not work at every size that dims allows: {error.what}",
+                where=error.where,
+                hint="take the axis out of axes, or change the model",
+            ) from error
 
     def _name_dims(
         self, placeholders: list[torch.fx.Node], given: Mapping[str, Any], axes: Axes, dims: dict[str, DimRange]
@@ -297,7 +309,10 @@ class _Importer:
         except GraphError as error:
             raise self._refusal(error.what, node, error.hint) from error
         meta = node.meta["val"]
-        types = tuple(self._type(part, node) for part in (meta if isinstance(meta, (tuple, list)) else (meta,)))
+        parts = meta if isinstance(meta, (tuple, list)) else (meta,)
+        if not all(isinstance(part, torch.Tensor) for part in parts):
+            raise self._refusal(f"{op} gives a number that depends on data", node, "keep it a tensor")
+        types = tuple(self._type(part, node) for part in parts)
         call = normalize(op, args, types)
         if isinstance(call, Value):
             return call
@@ -336,8 +351,13 @@ class _Importer:
         ]
         tree = pytree.tree_unflatten(list(range(len(kept))), self.program.call_spec.out_spec)
         for path, index in pytree.tree_flatten_with_path(tree)[0]:
+            name = path_name(path)
+            if name in self.graph.outputs:
+                raise TracingError(
+                    f"two outputs have the name {name!r}", hint="name them apart in what the module returns"
+                )
             if isinstance(kept[index], Value):
-                self.graph.outputs[path_name(path)] = kept[index]
+                self.graph.outputs[name] = kept[index]
 
 
 def _refuse_output(spec: Any) -> bool:
@@ -367,7 +387,8 @@ def _origin(node: torch.fx.Node) -> tuple[str, ...]:
     """(module path, source line) of a traced node, whichever is known."""
     modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    outside = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    written = [frame for frame in frames if not frame[0].startswith("<")]
+    outside = [frame for frame in written if "/torch/" not in frame[0]] or written
     parts = (modules[-1] if modules else "", source_line(*outside[-1]) if outside else "")
     return tuple(part for part in parts if part)
 

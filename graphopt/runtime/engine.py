@@ -76,6 +76,8 @@ def to_numpy(tensor: Any) -> np.ndarray:
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
+    """An array as a tensor, without a copy if it is contiguous and may be written."""
+    array = np.require(array, requirements=["C", "W"]) if array.ndim else np.array(array)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
