@@ -68,7 +68,7 @@ def run(
     weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The outputs of the graph by name. ``tap`` sees every value that a node computes, in order; ``weights`` replaces the
-    data of the graph's own. Inputs, weights and result live on one device: the inputs'."""
+    data of some or all of the graph's own. Inputs, weights and result live on one device: the inputs'."""
     given = {
         name: (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in inputs.items()
     }
@@ -76,7 +76,7 @@ def run(
     device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
     values: dict[Value, Tensor] = {graph.value(name): tensor for name, tensor in inputs.items()}
     for name, weight in graph.weights.items():
-        values[graph.value(name)] = weights[name] if weights is not None else weight.load().to(device)
+        values[graph.value(name)] = weights[name] if weights and name in weights else weight.load().to(device)
     pending = {value: sum(value.users.values()) for value in graph.values.values()}
     for value in graph.outputs.values():
         pending[value] += 1
@@ -114,7 +114,7 @@ class GraphModule(nn.Module):
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())
                 owner = owner._modules[part]  # type: ignore[assignment]
-            tensor = weight.load()
+            tensor = weight.load().clone()  # training must not reach the graph's weights, which may be a model's own
             if tensor.is_floating_point():
                 owner.register_parameter(leaf, nn.Parameter(tensor))
             else:

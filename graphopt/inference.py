@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import sympy
@@ -58,7 +59,7 @@ def _infer(op: str, args: Mapping[str, Any]) -> tuple[TensorType, ...]:
         return _evaluate(leaf, symbols)
 
     modes = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=False), enable_python_dispatcher()
-    with modes[0], modes[1], _quiet(), torch.no_grad():
+    with modes[0], modes[1], silent_logging(), torch.no_grad():
         try:
             results = operators.shapes_of(op, {name: map_arg(arg, fake) for name, arg in args.items()}, "cpu")
         except Exception as error:
@@ -155,12 +156,12 @@ def _show(leaf: Any) -> Any:
     return str(leaf.type) if isinstance(leaf, Value) else leaf
 
 
-class _quiet:
-    """torch logs a failing shape function before it raises; the error we raise says it once."""
-
-    def __enter__(self) -> None:
-        self._disabled = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._disabled)
+@contextlib.contextmanager
+def silent_logging() -> Iterator[None]:
+    """torch logs what fails before it raises; the error we raise says it once."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

@@ -75,6 +75,10 @@ def map_arg(arg: Any, fn: Callable[[Any], Any]) -> Any:
     return fn(arg)
 
 
+def _as_tuples(arg: Any) -> Any:
+    return tuple(map(_as_tuples, arg)) if isinstance(arg, (list, tuple)) else arg
+
+
 def leaves(arg: Any) -> Iterator[Any]:
     if isinstance(arg, tuple):
         for item in arg:
@@ -262,6 +266,8 @@ class Graph:
         self._check_own(node)
         base = op.split(".")[1]
         names = names or [base] * len(types)
+        if len(names) != len(types):
+            raise GraphError(f"{op} has {len(types)} outputs, {len(names)} names are given")
         node.outputs = tuple(
             self._new_value(self.unique(name), type, node) for name, type in zip(names, types, strict=True)
         )
@@ -276,7 +282,7 @@ class Graph:
         if unknown:
             raise GraphError(f"{node.op} has no argument {', '.join(sorted(unknown))}", where=node.where)
         self._uncount(node)
-        node.args.update(args)
+        node.args.update({name: _as_tuples(arg) for name, arg in args.items()})
         self._count(node, node.operands)
 
     def replace(self, old: Value, new: Value) -> None:
@@ -333,6 +339,8 @@ class Graph:
         """Give a node's output another free name."""
         if name in self._values:
             raise GraphError(f"%{name} exists already")
+        if value.producer is None:
+            raise GraphError(f"%{value.name} is an input or a weight, which goes by its name")
         del self._values[value.name]
         value.name = name
         self._values[name] = value

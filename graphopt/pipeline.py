@@ -106,7 +106,9 @@ def load_passes(
 
 
 def _load_one(entry: dict[str, Any], known: Mapping[str, type[Pass]], where: str) -> Pass:
-    kind = str(entry.get("kind"))
+    if not isinstance(entry.get("kind"), str):
+        raise PipelineError("an entry has no kind", where=where, hint=f"kind: one of {', '.join(sorted(known))}")
+    kind = str(entry["kind"])
     if kind not in known:
         raise PipelineError(f"there is no pass {kind!r}", where=where, hint=nearest(kind, known))
     try:
@@ -148,7 +150,9 @@ def _working_order(steps: Sequence[Pass]) -> str | None:
             if not providers:
                 return None
             needs.add_edge(providers[0], index)
-            spoilers = (other for other, candidate in enumerate(steps) if fact in candidate.invalidates and other != index)
+            spoilers = (
+                other for other, candidate in enumerate(steps) if fact in candidate.invalidates and other != index
+            )
             needs.add_edges_from((index, spoiler) for spoiler in spoilers)
     try:
         order = list(nx.lexicographical_topological_sort(needs))

@@ -105,6 +105,8 @@ class Match:
         Refusal if a rank or a size does not fit."""
         sizes: dict[str, Size] = {}
         for name, layout in layouts.items():
+            if not isinstance(self.found.holes.get(name), Value):
+                raise RewriteError(f"{name} is no tensor of this match", where=self.node.where)
             shape, axes = self.found.holes[name].type.shape, layout.split()
             require(len(shape) == len(axes), f"{name} has {len(shape)} dimensions, not {len(axes)} ({layout})")
             for axis, size in zip(axes, shape, strict=True):

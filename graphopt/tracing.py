@@ -23,7 +23,7 @@ from graphopt import operators
 from graphopt.dims import Dim, Size
 from graphopt.eager import path_name
 from graphopt.errors import GraphError, TracingError
-from graphopt.inference import size_from_torch
+from graphopt.inference import silent_logging, size_from_torch
 from graphopt.ir import DimRange, Graph, TensorType, Value, Weight, map_arg
 from graphopt.normalize import is_assertion, normalize
 from graphopt.text import RESERVED
@@ -53,8 +53,7 @@ def trace(
     _check_request(module, given, axes, ranges)
     program = _export(module, given, axes)
     if any(_mutates(node) for node in _all_nodes(program.graph_module)):
-        with _quiet():
-            program = program.run_decompositions({})
+        program = _functionalized(program, module)
     return _Importer(program, given, axes, ranges).graph
 
 
@@ -96,6 +95,20 @@ def _export(module: nn.Module, given: Mapping[str, Any], axes: Axes) -> torch.ex
             f"torch.export cannot trace {type(module).__name__}: {_first_line(error)}",
             where=_source_of(error),
             hint=_remedy(str(error)),
+        ) from error
+
+
+def _functionalized(program: torch.export.ExportedProgram, module: nn.Module) -> torch.export.ExportedProgram:
+    """The program without in-place ops: torch rewrites them, at twice the trace's cost."""
+    try:
+        with _quiet():
+            done: torch.export.ExportedProgram = program.run_decompositions({})
+            return done
+    except Exception as error:
+        raise TracingError(
+            f"torch.export cannot take the in-place ops out of {type(module).__name__}: {_first_line(error)}",
+            where=_source_of(error),
+            hint="write them without changing tensors in place",
         ) from error
 
 
@@ -282,6 +295,11 @@ class _Importer:
             raise self._refusal(f"{name} has no form in a graph", node)
 
     def _inline(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any:
+        autocast = node.target.name() == "wrap_with_autocast"  # type: ignore[union-attr]
+        if autocast and node.args[2]:
+            raise self._refusal(
+                "it computes under autocast, which a graph does not hold", node, "trace outside torch.autocast"
+            )
         if node.target.name() not in _INLINED:  # type: ignore[union-attr]
             raise self._refusal(
                 f"{node.target} is control flow, which a graph cannot hold", node,
@@ -396,6 +414,6 @@ def _origin(node: torch.fx.Node) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch.export warns about its own internals; what matters to the user comes as an error."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), silent_logging():
         warnings.simplefilter("ignore")
         yield

@@ -156,7 +156,7 @@ def test_a_wrong_engine_is_bisected(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_pass_without_a_match_is_an_error(tmp_path: Path) -> None:
-    steps = [{"kind": "canonicalize"}, {"kind": "fuse_activation", "gated": False}]
+    steps: list[Mapping[str, Any] | Pass] = [{"kind": "canonicalize"}, {"kind": "fuse_activation", "gated": False}]
     with pytest.raises(NoMatchError, match="fuse_activation changed nothing") as error:
         graphopt.compile(tiny_bert(), tmp_path / "engine", passes=steps, target=FIXED)
     assert "allow_no_match" in str(error.value.hint)

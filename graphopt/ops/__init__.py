@@ -91,7 +91,7 @@ def attention(
         scores = torch.cat([scores, sink], -1)
     weights = torch.softmax(scores, -1)
     if visible is not None:
-        weights = torch.nan_to_num(weights)  # only a row without any visible key has NaN
+        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # a row without any visible key is NaN
     if sinks is not None:
         weights = weights[..., :-1]
     result = torch.matmul(weights, v)
