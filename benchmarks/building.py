@@ -36,10 +36,10 @@ def main(work: str, store: str) -> dict[str, Any]:
         call = works(source, Path(folder), Path(store))[work]
         settle()
         memory = Memory()
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         parts = call()
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "parts": parts or {}, "weights": weights, **memory.stop()}
+        seconds, processor = time.perf_counter() - start, time.process_time() - processor
+        return {"seconds": seconds, "cpu": processor, "parts": parts or {}, "weights": weights, **memory.stop()}
 
 
 def works(source: graphopt.Source, folder: Path, store: Path) -> dict[str, Callable[[], dict[str, float] | None]]:

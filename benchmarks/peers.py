@@ -28,6 +28,10 @@ class Export:
     exporter: Literal["dynamo", "torchscript"] = "dynamo"
     opset: int | None = None
 
+    @property
+    def default(self) -> bool:
+        return self.exporter == "dynamo" and self.opset is None
+
 
 EXPORTS = (
     Export("export, sdpa", "sdpa"),
@@ -39,10 +43,12 @@ EXPORTS = (
 
 @dataclass
 class Peer:
-    """A model in a session. ``fused``: what onnxruntime's optimizer fused, for those that went through it."""
+    """A model in a session. ``default``: from torch.onnx.export with its default exporter and opset; ``fused``: what
+    onnxruntime's optimizer fused, for those that went through it."""
 
     name: str
     sdpa: bool
+    default: bool
     session: Any
     fused: str = ""
 
@@ -63,7 +69,7 @@ def make_peers(model: Path, inputs: Mapping[str, Tensor], folder: Path) -> tuple
         try:
             with quiet():
                 write(export, load(model, export.attention), inputs, file)
-                peers.append(Peer(export.name, export.attention == "sdpa", session(file)))
+                peers.append(Peer(export.name, export.attention == "sdpa", export.default, session(file)))
                 peers.append(optimized(export, file))
         except Exception as error:
             notes.append(f"{export.name}: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}")
@@ -116,7 +122,7 @@ def optimized(export: Export, file: Path) -> Peer:
     target = file.with_suffix(".optimized.onnx")
     model.save_model_to_file(str(target))
     fused = ", ".join(f"{count} {name}" for name, count in model.get_fused_operator_statistics().items() if count)
-    return Peer(f"{export.name} + optimizer", export.attention == "sdpa", session(target), fused)
+    return Peer(f"{export.name} + optimizer", export.attention == "sdpa", export.default, session(target), fused)
 
 
 def session(file: Path) -> Any:
@@ -130,13 +136,13 @@ def session(file: Path) -> Any:
 def add_optimum(model: Path, folder: Path, peers: list[Peer], notes: list[str]) -> tuple[list[Peer], list[str]]:
     """optimum's own export, where it is installed."""
     if importlib.util.find_spec("optimum") is None:
-        return peers, [*notes, "optimum is not installed: left out"]
+        return peers, [*notes, "optimum is not installed: left out (optimum-onnx 0.1.0 needs transformers below 4.58)"]
     try:
         from optimum.exporters.onnx import main_export
 
         with quiet():
             main_export(str(model), folder / "optimum", task="feature-extraction", do_validation=False)
-            peers.append(Peer("optimum export", True, session(folder / "optimum" / "model.onnx")))
+            peers.append(Peer("optimum export", True, False, session(folder / "optimum" / "model.onnx")))
     except Exception as error:
         notes.append(f"optimum: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}")
     return peers, notes

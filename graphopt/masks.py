@@ -204,24 +204,37 @@ def _full(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
     if isinstance(number, Value):
         return reader.arg(number, (), 0)
     dtype = node.outputs[0].type.dtype
-    if dtype == torch.bool:
-        return Const(bool(number))
-    return Real(float(number)) if dtype.is_floating_point else Int(int(number))
+    return _converted(_literal(number), dtype, node)
 
 
 def _cast(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
-    expr = reader.read(node.args["self"], index)
-    if node.args["dtype"] == torch.bool:
+    expr, dtype = reader.read(node.args["self"], index), node.args["dtype"]
+    if isinstance(expr, Element) and torch.bool not in (expr.value.type.dtype, dtype):
+        same = not expr.value.type.dtype.is_floating_point and (dtype.is_floating_point or dtype == torch.int64)
+        return expr if same else Element(node.outputs[0], index)
+    return _converted(expr, dtype, node)
+
+
+def _converted(expr: Expr, dtype: torch.dtype, node: Node) -> Expr:
+    """The expression in another dtype, where that is exact or rounds as torch does."""
+    if dtype == torch.bool:
         return as_condition(expr)
-    if isinstance(expr, CONDITIONS):
-        return Where(expr, *((Real(1.0), Real(0.0)) if node.args["dtype"].is_floating_point else (Int(1), Int(0))))
-    if isinstance(expr, Element):
-        keeps = node.args["dtype"].is_floating_point or node.args["dtype"] == torch.int64
-        whole = not expr.value.type.dtype.is_floating_point
-        return expr if keeps and whole else Element(node.outputs[0], index)
-    if isinstance(expr, Int) and isinstance(expr.size, int) and node.args["dtype"].is_floating_point:
-        return Real(float(expr.size))
-    return expr
+    if isinstance(expr, (Element, *CONDITIONS)):
+        one, zero = (Real(1.0), Real(0.0)) if dtype.is_floating_point else (Int(1), Int(0))
+        return _where(expr, one, zero)
+    if isinstance(expr, Where):
+        return Where(expr.condition, _converted(expr.then, dtype, node), _converted(expr.otherwise, dtype, node))
+    if isinstance(expr, Int) and dtype in (torch.int64, torch.int32):
+        return expr
+    number = _number(expr)
+    if number is None:
+        if dtype in (torch.float32, torch.float64):
+            return expr  # positions are far below 2 ** 24, up to which float32 is exact
+        raise _Stop(f"positions in a dtype that may not hold them in {node.where}")
+    if not dtype.is_floating_point and not math.isfinite(number):
+        raise _Stop(f"infinity as an integer in {node.where}")
+    converted = torch.tensor(number, dtype=torch.float64).to(dtype).item()
+    return Real(float(converted)) if dtype.is_floating_point else Int(int(converted))
 
 
 def _indexed(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
@@ -319,6 +332,17 @@ def _masked_fill(source: Expr, mask: Expr, value: Expr) -> Expr:
     return _where(mask, value, source)
 
 
+def _of_truths(read: Read) -> Read:
+    """A bitwise op, which is a logical one on booleans only."""
+
+    def truths(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+        if node.outputs[0].type.dtype != torch.bool:
+            raise _Stop(f"a bitwise op on integers in {node.where}")
+        return read(reader, node, index)
+
+    return truths
+
+
 _READERS: Mapping[str, Read] = {
     "arange": _arange,
     "full": _full,
@@ -334,9 +358,12 @@ _READERS: Mapping[str, Read] = {
     "tril": _triangle(lambda row, column, diagonal: at_most_zero(column - row - diagonal)),
     "triu": _triangle(lambda row, column, diagonal: at_most_zero(row + diagonal - column)),
     **{name: _compare(name) for name in ("le", "lt", "ge", "gt", "eq", "ne")},
-    **dict.fromkeys(("bitwise_and", "logical_and"), _elementwise(lambda a, b: conjunction(*map(as_condition, (a, b))))),
-    **dict.fromkeys(("bitwise_or", "logical_or"), _elementwise(lambda a, b: disjunction(*map(as_condition, (a, b))))),
-    **dict.fromkeys(("bitwise_not", "logical_not"), _elementwise(lambda a: negation(as_condition(a)))),
+    "logical_and": (_and := _elementwise(lambda a, b: conjunction(*map(as_condition, (a, b))))),
+    "logical_or": (_or := _elementwise(lambda a, b: disjunction(*map(as_condition, (a, b))))),
+    "logical_not": (_not := _elementwise(lambda a: negation(as_condition(a)))),
+    "bitwise_and": _of_truths(_and),
+    "bitwise_or": _of_truths(_or),
+    "bitwise_not": _of_truths(_not),
     "add": _elementwise(_arithmetic(operator.add)),
     "sub": _elementwise(_arithmetic(operator.sub)),
     "rsub": _elementwise(lambda a, b: _arithmetic(operator.sub)(b, a)),
@@ -430,10 +457,11 @@ def _classify(conditions: Sequence[Condition], ranges: _Ranges, queries: Size, k
         if offset is None:
             return Unproven(f"it holds a condition that is no known structure: {describe(condition)}")
         sign, distance = offset
-        if sign > 0 and distance == 0:
-            causal = "upper_left"
-        elif sign > 0 and distance == keys - queries:
-            causal = "lower_right"
+        corner = _corner(sign, distance, keys - queries)
+        if corner is not None:
+            if causal not in ("none", corner):
+                return Unproven("it is causal from both corners")
+            causal = corner
         elif isinstance(distance, int) and distance >= 0:
             left = distance if sign < 0 and left < 0 else min(left, distance) if sign < 0 else left
             right = distance if sign > 0 and right < 0 else min(right, distance) if sign > 0 else right
@@ -442,6 +470,13 @@ def _classify(conditions: Sequence[Condition], ranges: _Ranges, queries: Size, k
     if causal == "lower_right" and (left >= 0 or right >= 0) and keys != queries:
         return Unproven("its window counts from the upper left, its causal part from the lower right")
     return Mask(causal, left, right, key_mask)
+
+
+def _corner(sign: int, distance: Size, surplus: Size) -> str | None:
+    """Which causal mask ``k - q <= distance`` is, if one; where queries and keys are as many the two are one."""
+    if sign < 0:
+        return None
+    return "upper_left" if distance == 0 else "lower_right" if distance == surplus else None
 
 
 def _distance(condition: Condition) -> tuple[int, Size] | None:

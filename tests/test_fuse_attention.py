@@ -288,10 +288,10 @@ def test_a_bias_that_widens_the_batch_is_no_crash() -> None:
 
 
 def repeated(name: str, width: int, groups: int = 2) -> str:
-    heads = 2 * groups
+    heads, split = 2 * groups, f"batch, 2, {groups}, keys, {width}"
     return f"""
         %{name}u: f32[batch, 2, 1, keys, {width}] = aten.unsqueeze.default(self=%{name}, dim=2)
-        %{name}e: f32[batch, 2, {groups}, keys, {width}] = aten.expand.default(self=%{name}u, size=[batch, 2, {groups}, keys, {width}])
+        %{name}e: f32[{split}] = aten.expand.default(self=%{name}u, size=[{split}])
         %{name}r: f32[batch, {heads}, keys, {width}] = aten.reshape.default(self=%{name}e, shape=[batch, {heads}, keys, {width}])
     """
 
@@ -503,7 +503,7 @@ def test_a_window_does_not_move_with_a_causal_part_from_the_lower_right() -> Non
 
 
 def test_a_mask_of_attention_with_heads_last_counts_positions() -> None:
-    body = f"""
+    body = """
         dim batch in [1, ...]
         dim sequence in [1, ...]
         input %q: f32[batch, sequence, 4, 8]
@@ -578,7 +578,8 @@ def scaled_angles(body: str) -> str:
         Case(
             "swapped operands",
             FuseRotary(),
-            ROTATED + TURN.replace("self=%xc, other=%hs", "self=%hs, other=%xc").replace("self=%x, other=%cu", "self=%cu, other=%x"),
+            ROTATED
+            + TURN.replace("self=%xc, other=%hs", "self=%hs, other=%xc").replace("self=%x, other=%cu", "self=%cu, other=%x"),
             ROTATED + HALVES,
         ),
     ],

@@ -494,7 +494,7 @@ def test_what_always_holds_is_no_mask(build: Build) -> None:
 
 
 def test_what_holds_by_the_range_of_a_dim() -> None:
-    """``k <= keys - 3`` does not hold for three keys or fewer; ``queries >= 4`` makes ``q <= queries + k - 1`` plain."""
+    """``keys`` is at least 4, so that ``k <= k + keys - 4`` always holds, and ``k <= k + keys - 5`` need not."""
     builder = Builder(least=4)
     holds = builder.compare("le", builder.key(), builder.minus(builder.key(), 4 - builder.keys))
     assert builder.prove(holds) == Mask()
@@ -567,7 +567,7 @@ STRUCTURE = "it holds a condition that is no known structure: "
         (lambda m: m.compare("ne", m.query(), m.key()), f"{STRUCTURE}(k - q + 1 <= 0) or (-k + q + 1 <= 0)"),
         (lambda m: m.unsqueeze(m.unsqueeze(m.causal(), 0, 0), 0), "%unsqueeze_3 has 5 dimensions"),
         (
-            lambda m: m.compare("le", m.op("arange.start_step", start=0.5, end=m.keys + 0, dtype=torch.float32), 3),
+            lambda m: m.compare("le", m.op("arange.start_step", start=0, end=m.keys, dtype=torch.float32), 3),
             "a range of real numbers in %arange = aten.arange.start_step",
         ),
         (
