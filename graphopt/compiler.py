@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,17 @@ from graphopt.errors import GraphError, ParityError, PipelineError
 from graphopt.ir import DimRange, Graph
 from graphopt.models import Source, load_model
 from graphopt.parity import Contract, bisect, judge
-from graphopt.pipeline import Context, Instrument, Pass, Proof, broken, load_passes, run_passes, validation_message
+from graphopt.pipeline import (
+    Context,
+    Instrument,
+    Pass,
+    Proof,
+    broken,
+    load_passes,
+    paused_collector,
+    run_passes,
+    validation_message,
+)
 from graphopt.probes import make_probes
 from graphopt.runtime.engine import Engine, spec_of
 from graphopt.schemas.manifest import Manifest
@@ -130,7 +139,7 @@ def compile(
 def _compile(
     build: _Build, out: Path, dims: Mapping[str, DimRange], instruments: Sequence[Instrument] = ()
 ) -> Compiled:
-    with artifact.staged(out) as folder, _paused_collector():
+    with artifact.staged(out) as folder, paused_collector():
         with build.part("trace"):
             graph = trace(build.source.module, build.source.inputs, build.source.axes, {**build.source.dims, **dims})
         with build.part("probe"):
@@ -153,18 +162,6 @@ def _compile(
         manifest = artifact.write_manifest(folder, manifest.model_copy(update={"report": report}))
         engine.manifest = manifest
     return Compiled(out, engine, manifest)
-
-
-@contextmanager
-def _paused_collector() -> Iterator[None]:
-    """No garbage collection while millions of small objects are made that all stay: a tenth of a build's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Announcer:

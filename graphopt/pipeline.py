@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,6 +203,18 @@ class Proof:
         return judge(contract, self.probes, self.references, [engine(**probe.inputs) for probe in self.probes])
 
 
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """No garbage collection while millions of small objects are made that all stay: a tenth of a build's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def run_passes(
     graph: Graph,
     steps: Sequence[Pass],
@@ -248,8 +262,9 @@ def _run_one(graph: Graph, step: Pass, context: Context) -> PassReport:
     parameters, size = _parameters(graph), graph.weight_bytes
     context.notes.clear()
     start = time.perf_counter()
-    log = step.run(graph, context)
-    graph.verify()
+    with paused_collector():
+        log = step.run(graph, context)
+        graph.verify()
     seconds = time.perf_counter() - start
     if not log.total and not step.allow_no_match:
         reasons = "; ".join(dict.fromkeys(f"{refused.rule}: {refused.reason}" for refused in log.refusals[:3]))

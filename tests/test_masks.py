@@ -43,8 +43,8 @@ class Builder:
     def op(self, name: str, /, **args: Any) -> Value:
         return self.graph.insert(name if name.startswith("aten.") else f"aten.{name}", args).output
 
-    def arange(self, end: Size, start: Size = 0, **args: Any) -> Value:
-        return self.op("arange.start_step", start=start, end=end, dtype=torch.int64, **args)
+    def arange(self, end: Size, start: Size = 0, dtype: torch.dtype = torch.int64) -> Value:
+        return self.op("arange.start_step", start=start, end=end, dtype=dtype)
 
     def full(self, number: Any, dtype: torch.dtype = torch.float32, *shape: Size) -> Value:
         return self.op("full.default", size=shape, fill_value=number, dtype=dtype)
@@ -54,11 +54,11 @@ class Builder:
             value = self.op("unsqueeze.default", self=value, dim=axis)
         return value
 
-    def key(self, start: Size = 0) -> Value:
-        return self.arange(self.keys + start, start)
+    def key(self, start: Size = 0, dtype: torch.dtype = torch.int64) -> Value:
+        return self.arange(self.keys + start, start, dtype)
 
-    def query(self, start: Size = 0) -> Value:
-        return self.unsqueeze(self.arange(self.queries + start, start), 1)
+    def query(self, start: Size = 0, dtype: torch.dtype = torch.int64) -> Value:
+        return self.unsqueeze(self.arange(self.queries + start, start, dtype), 1)
 
     def compare(self, relation: str, a: Value, b: Any) -> Value:
         overload = "Tensor" if isinstance(b, Value) else "Scalar"
@@ -623,6 +623,8 @@ def odd_distance(m: Builder) -> Value:
         lambda m: m.cast(m.cast(m.distance(), torch.uint8), torch.bool),
         lambda m: m.compare("ge", m.cast(m.distance(), torch.uint8), 0),
         lambda m: m.cast(m.op("mul.Scalar", self=m.cast(m.causal(), torch.float32), other=0.5), torch.int64),
+        lambda m: m.compare("ge", m.minus(m.query(0, torch.uint8), m.key(0, torch.uint8)), 0),
+        lambda m: m.compare("ge", m.minus(m.cast(m.causal(), torch.uint8), 1), 0),
     ],
     ids=[
         "parity of the distance",
@@ -632,6 +634,8 @@ def odd_distance(m: Builder) -> Value:
         "distance in a byte",
         "sign in a byte",
         "halves",
+        "range of bytes",
+        "one less in a byte",
     ],
 )
 def test_integers_are_no_truths(build: Build) -> None:
@@ -665,6 +669,10 @@ class Seen:
 RELATIONS = ("le", "lt", "ge", "gt", "eq", "ne")
 
 
+DTYPES = (*[torch.int64] * 8, torch.int32, torch.uint8, torch.int8)
+CASTS = (*[None] * 8, torch.int32, torch.uint8, torch.int8, torch.float32, torch.float16)
+
+
 @dataclass
 class Generator:
     """Draws masks into a builder's graph."""
@@ -679,11 +687,11 @@ class Generator:
         return int(self.draw(st.integers(-4, 4)))
 
     def key(self) -> Value:
-        plain = self.m.key(abs(self.number()))
+        plain = self.m.key(abs(self.number()), self.pick(DTYPES))
         return self.m.unsqueeze(plain, 0, 0, 0) if self.draw(st.booleans()) else plain
 
     def query(self) -> Value:
-        plain = self.m.query(abs(self.number()))
+        plain = self.m.query(abs(self.number()), self.pick(DTYPES))
         return self.m.unsqueeze(plain, 0, 0) if self.draw(st.booleans()) else plain
 
     def position(self) -> Value:
@@ -703,7 +711,8 @@ class Generator:
         return self.m.add(self.key() if kind.startswith("key") else self.query(), self.number())
 
     def comparison(self) -> Value:
-        a, relation = self.position(), self.pick(RELATIONS)
+        a, relation, dtype = self.position(), self.pick(RELATIONS), self.pick(CASTS)
+        a = a if dtype is None else self.m.cast(a, dtype)
         if self.draw(st.booleans()):
             return self.m.compare(relation, a, self.position())
         limit = self.pick(
@@ -732,6 +741,14 @@ class Generator:
             return m.padding(m.cast(m.numbers, torch.bool))
         return m.padding(m.mask if kind == "mask" else m.other)
 
+    def bits(self) -> Value:
+        """Bitwise ops on integers, which say nothing that a mask could say."""
+        m = self.m
+        if self.draw(st.booleans()):
+            return m.cast(m.negate(m.cast(self.structure(), torch.int64)), torch.bool)
+        number = self.pick((self.position(), m.padding(m.numbers)))
+        return m.cast(m.op("bitwise_and.Scalar", self=number, other=1), torch.bool)
+
     def triangle(self) -> Value:
         m, dtype = self.m, self.pick((torch.bool, torch.int64, torch.float32))
         diagonal = self.pick((self.number(), m.keys - m.queries))
@@ -757,8 +774,8 @@ class Generator:
         m = self.m
         kind = self.pick(("leaf", "structures", "and", "and", "or", "not", "choose", "same", "number", "moved"))
         if depth <= 0 or kind == "leaf":
-            leaf = self.pick((self.comparison, self.structure, self.structure, self.padding, self.triangle))
-            made: Value = leaf()
+            leaf = self.pick((*LEAVES, *LEAVES, Generator.bits))
+            made: Value = leaf(self)
             return made
         if kind == "structures":
             return m.both(self.structure(), self.structure())
@@ -806,6 +823,9 @@ class Generator:
         return m.added(m.negate(condition), low)
 
 
+LEAVES = (
+    Generator.comparison, Generator.structure, Generator.structure, Generator.padding, Generator.triangle,
+)  # fmt: skip
 SHAPES: tuple[tuple[str | int, str | int], ...] = (
     ("sequence", "sequence"),
     ("queries", "keys"),
