@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -157,8 +156,7 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """The entry point: errors of graphopt as text with exit code 2, Ctrl-C with 130."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    show.quiet_libraries()
     _guarded(app)
 
 

@@ -125,6 +125,15 @@ def _literal(number: Any) -> Expr:
     return Int(number) if isinstance(number, (int, Dim)) else Real(float(number))
 
 
+#: Integers that hold every position and every difference of two; the others wrap.
+EXACT = frozenset({torch.bool, torch.int32, torch.int64})
+
+
+def _require_exact(dtype: torch.dtype, node: Node) -> None:
+    if not (dtype in EXACT or dtype.is_floating_point):
+        raise _Stop(f"integers of a dtype that may wrap in {node.where}")
+
+
 Read: TypeAlias = "Callable[[Reader, Node, tuple[Size, ...]], Expr]"
 
 
@@ -134,6 +143,8 @@ def _elementwise(fn: Callable[..., Expr]) -> Read:
     def read(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
         if node.args.get("alpha", 1) != 1:
             raise _Stop(f"alpha is not 1 in {node.where}")
+        for value in (*node.operands, *node.outputs):
+            _require_exact(value.type.dtype, node)
         operands = [arg for name, arg in node.args.items() if name != "alpha"]
         return fn(*(reader.arg(arg, index, len(index)) for arg in operands))
 
@@ -193,6 +204,7 @@ def _reshaped(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
 
 
 def _arange(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+    _require_exact(node.outputs[0].type.dtype, node)
     start, step = node.args.get("start", 0), node.args.get("step", 1)
     if isinstance(start, float) or isinstance(step, float) or node.outputs[0].type.dtype.is_floating_point:
         raise _Stop(f"a range of real numbers in {node.where}")

@@ -30,6 +30,14 @@ __all__ = ["escape"]
 NOTHING = Text("")
 
 
+def quiet_libraries() -> None:
+    """transformers' own progress bars would stand between ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 @contextmanager
 def progress(console: Console, quiet: bool) -> Iterator[Report]:
     """A progress bar for long steps; on a terminal only."""

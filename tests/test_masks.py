@@ -168,7 +168,9 @@ def assert_true(builder: Builder, value: Value, claim: Mask, sizes: dict[str, in
     key_mask = seen[claim.key_mask.name] if claim.key_mask is not None else None
     expected = claimed_keys(claim, queries, keys, key_mask).expand(batch, 1, queries, keys)
     got = visible_keys(mask).expand(batch, 1, queries, keys)
-    assert torch.equal(got, expected), f"claimed {claim}, but at {sizes} it is\n{got.int()}\nnot\n{expected.int()}"
+    assert torch.equal(got, expected), (
+        f"claimed {claim}, but at {sizes} it is\n{got.int()}\nnot\n{expected.int()}\n{builder.graph}"
+    )
 
 
 def check(build: Build, expected: Mask | str, queries: str | int = "queries", keys: str | int = "keys") -> None:
@@ -877,6 +879,9 @@ def test_claims_about_random_masks_are_true() -> None:
     assert_not_vacuous(claims_are_true(300, derandomize=True), 300)
 
 
+MANY = 2_500  # a minute or two
+
+
 @pytest.mark.slow
 def test_claims_about_many_random_masks_are_true() -> None:
-    assert_not_vacuous(claims_are_true(10_000, derandomize=False), 10_000)
+    assert_not_vacuous(claims_are_true(MANY, derandomize=False), MANY)

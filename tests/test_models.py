@@ -112,8 +112,24 @@ def optimized(name: str, attention: str) -> Optimized:
     return Optimized(source, graph, tuple(run_passes(graph, steps, proof=proof)))
 
 
+#: Whose eager spelling, like that of others here, is left to the slow tests.
+ALIKE = ("roberta", "distilbert", "qwen2")
+
+
+def marks(slow: bool) -> tuple[pytest.MarkDecorator, ...]:
+    return (pytest.mark.slow,) if slow else ()
+
+
 every_model = pytest.mark.parametrize("name", MODELS)
-every_spelling = pytest.mark.parametrize("attention", SPELLINGS)
+both_spellings = pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name in ALIKE)) for name in MODELS])
+every_spelling = pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        pytest.param(name, attention, marks=marks(name in ALIKE and attention == "eager"))
+        for name in MODELS
+        for attention in SPELLINGS
+    ],
+)
 
 
 def attentions(graph: Graph) -> list[Node]:
@@ -121,7 +137,6 @@ def attentions(graph: Graph) -> list[Node]:
 
 
 @every_spelling
-@every_model
 def test_every_attention_is_fused(name: str, attention: str) -> None:
     counts = optimized(name, attention).graph.op_counts()
     assert counts["graphopt.attention.default"] == LAYERS
@@ -129,7 +144,6 @@ def test_every_attention_is_fused(name: str, attention: str) -> None:
 
 
 @every_spelling
-@every_model
 def test_every_mask_is_proven(name: str, attention: str) -> None:
     found = attentions(optimized(name, attention).graph)
     for node in found:
@@ -141,7 +155,6 @@ def test_every_mask_is_proven(name: str, attention: str) -> None:
 
 
 @every_spelling
-@every_model
 def test_the_key_mask_is_the_attention_mask(name: str, attention: str) -> None:
     graph = optimized(name, attention).graph
     cast = attentions(graph)[0].args["key_mask"].producer
@@ -151,7 +164,6 @@ def test_the_key_mask_is_the_attention_mask(name: str, attention: str) -> None:
 
 
 @every_spelling
-@every_model
 def test_heads_are_last_and_grouped(name: str, attention: str) -> None:
     graph = optimized(name, attention).graph
     for node in attentions(graph):
@@ -161,7 +173,6 @@ def test_heads_are_last_and_grouped(name: str, attention: str) -> None:
 
 
 @every_spelling
-@every_model
 def test_rotary_norms_and_activations_are_fused(name: str, attention: str) -> None:
     counts, expected = optimized(name, attention).graph.op_counts(), MODELS[name]
     found = {
@@ -178,7 +189,6 @@ def test_rotary_norms_and_activations_are_fused(name: str, attention: str) -> No
 
 
 @every_spelling
-@every_model
 def test_every_linear_is_flat(name: str, attention: str) -> None:
     graph = optimized(name, attention).graph
     linears = [node for node in graph.nodes if node.op == "aten.linear.default"]
@@ -187,7 +197,6 @@ def test_every_linear_is_flat(name: str, attention: str) -> None:
 
 
 @every_spelling
-@every_model
 def test_every_pass_keeps_its_contract(name: str, attention: str) -> None:
     reports = optimized(name, attention).reports
     assert [report.kind for report in reports] == list(PASSES)
@@ -209,7 +218,6 @@ def padded(source: Source, batch: int, sequence: int, side: str) -> dict[str, Te
 @pytest.mark.parametrize(("batch", "sequence"), [(3, 7), (5, 13), (1, 1), (2, 62)])
 @pytest.mark.parametrize("side", ["left", "right"])
 @every_spelling
-@every_model
 def test_parity_with_padding_at_untraced_sizes(name: str, attention: str, side: str, batch: int, sequence: int) -> None:
     built = optimized(name, attention)
     inputs = padded(built.source, batch, sequence, side)
@@ -221,7 +229,7 @@ def test_parity_with_padding_at_untraced_sizes(name: str, attention: str, side: 
     assert sum(parity.compared for parity in found.values()) >= batch * 32
 
 
-@every_model
+@both_spellings
 def test_both_spellings_become_the_same_graph(name: str) -> None:
     counts = [optimized(name, attention).graph.op_counts() for attention in SPELLINGS]
     assert counts[0] == counts[1]
