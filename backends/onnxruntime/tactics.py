@@ -33,7 +33,7 @@ from graphopt.schemas.report import TacticReport
 from graphopt.text import arg_text
 
 ROUNDS = 15  # timed runs of each candidate at each size, taken in turns
-SECONDS = 0.25  # at most, for one candidate at one size
+SECONDS = 0.12  # at most, for one candidate at one size
 WRONG = 1e-4  # relative difference from the reference at which a form is out
 
 
