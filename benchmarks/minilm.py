@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 import graphopt
 from benchmarks.assets import minilm, sts_b
+from benchmarks.demo import sts_b_spearman
 from benchmarks.inputs import as_numpy, max_difference, padded, padding_share, ragged_lengths
 from benchmarks.measure import THREADS, Cell, Goal, Results, Table, Timing, interleaved, quiet, use_threads
 from benchmarks.peers import Peer, make_peers
@@ -106,7 +106,7 @@ def similarity(results: Results, reference: Call, engine: Call) -> None:
     found = {}
     for name, call in (("eager fp32", reference), ("graphopt", engine)):
         start = time.perf_counter()
-        found[name] = spearman(rows, partial(embed, call, tokenizer))
+        found[name] = sts_b_spearman(call, tokenizer)
         table.add(name, Spearman=found[name], seconds=time.perf_counter() - start)
     results.tables.append(table)
     right = round(found["eager fp32"], 4) == STS_B
@@ -119,27 +119,6 @@ def tokenizer_of(folder: Path) -> Any:
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def spearman(rows: Sequence[tuple[float, str, str]], encode: Callable[[list[str]], Tensor]) -> float:
-    vectors = encode([first for _, first, _ in rows] + [second for _, _, second in rows])
-    cosines = torch.cosine_similarity(vectors[: len(rows)], vectors[len(rows) :])
-    return float(spearmanr(cosines.numpy(), [score for score, _, _ in rows]).statistic)
-
-
-def embed(call: Call, tokenizer: Any, sentences: list[str], batch: int = 64) -> Tensor:
-    """``[len(sentences), 384]``: the mean of the hidden states over each sentence's tokens."""
-    lengths = [len(ids) for ids in tokenizer(sentences, truncation=True, max_length=TOKENS)["input_ids"]]
-    order = sorted(range(len(sentences)), key=lambda index: lengths[index])
-    vectors = torch.empty(len(sentences), 384)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        texts = [sentences[index] for index in chosen]
-        inputs = dict(tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"))
-        weights = inputs["attention_mask"].unsqueeze(-1).float()
-        hidden = call(**inputs)["last_hidden_state"]
-        vectors[chosen] = (hidden * weights).sum(1) / weights.sum(1)
-    return vectors
 
 
 # Latency
