@@ -16,9 +16,9 @@ import torch
 import graphopt
 from benchmarks.measure import Goal, Results, Table, in_fresh_process, quiet, use_threads
 from graphopt.backend import backend_class
-from graphopt.models import text_source
 from graphopt.pipeline import Context, load_passes, run_passes
 from graphopt.schemas.pipeline import TargetConfig
+from graphopt.sources import transformers_source
 
 DEPTHS = (6, 12, 24, 48, 96)
 ROUNDS = 3
@@ -62,7 +62,7 @@ def one_depth(layers: int) -> dict[str, Any]:
     use_threads()
     source = tiny_llama(layers)
     start = time.perf_counter()
-    graph = graphopt.trace(source.module, source.inputs, source.axes, source.dims)
+    graph = graphopt.trace(source.module, source.inputs, source.axes, defaults=source.dims)
     trace = time.perf_counter() - start
     rounds = [one_round(graph) for _ in range(ROUNDS + 1)][1:]
     totals = {key: statistics.median(each[key] for each in rounds) for key in ("all", "all CPU")}
@@ -95,7 +95,7 @@ def tiny_llama(layers: int) -> graphopt.Source:
         vocab_size=256, max_position_embeddings=512,
     )  # fmt: skip
     torch.manual_seed(0)
-    return text_source(transformers.LlamaForCausalLM(config), name=f"llama-{layers}")
+    return transformers_source(transformers.LlamaForCausalLM(config), name=f"llama-{layers}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import graphopt
-from graphopt.models import text_source
+from graphopt.sources import transformers_source
 
 
 def small_bert() -> graphopt.Source:
@@ -23,7 +23,7 @@ def small_bert() -> graphopt.Source:
     config = BertConfig(
         vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
     )
-    return text_source(BertModel(config), name="small-bert")
+    return transformers_source(BertModel(config), name="small-bert")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import graphopt
-from graphopt.models import text_source
+from graphopt.sources import transformers_source
 from graphopt.testing import ParityRecorder, assert_parity
 
 CONFIG = BertConfig(vocab_size=300, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
@@ -21,7 +21,7 @@ CONFIG = BertConfig(vocab_size=300, hidden_size=48, num_hidden_layers=1, num_att
 @pytest.fixture(scope="module")
 def source() -> graphopt.Source:
     torch.manual_seed(0)
-    return text_source(BertModel(CONFIG))
+    return transformers_source(BertModel(CONFIG))
 
 
 @pytest.fixture(scope="module")

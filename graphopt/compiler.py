@@ -14,12 +14,12 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from graphopt import artifact, models
+from graphopt import artifact, attentions, models, operators
 from graphopt.backend import Backend, Built, Progress, backend_class, no_progress
 from graphopt.eager import eager, kept
-from graphopt.errors import GraphError, ParityError, PipelineError
+from graphopt.errors import GraphError, ParityError, PipelineError, TracingError
 from graphopt.ir import DimRange, Graph
-from graphopt.models import Source, load_model
+from graphopt.models import load_model
 from graphopt.parity import Contract, bisect, judge
 from graphopt.pipeline import (
     Context,
@@ -37,6 +37,7 @@ from graphopt.runtime.engine import Engine, spec_of
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig
 from graphopt.schemas.report import BuildReport, PassReport, StageParity
+from graphopt.sources import Source, transformers_source
 from graphopt.tracing import trace
 
 
@@ -141,7 +142,9 @@ def _compile(
 ) -> Compiled:
     with artifact.staged(out) as folder, paused_collector():
         with build.part("trace"):
-            graph = trace(build.source.module, build.source.inputs, build.source.axes, {**build.source.dims, **dims})
+            source = build.source
+            graph = trace(source.module, source.inputs, source.axes, dims, source.dims)
+            _refuse_chance(graph)
         with build.part("probe"):
             proof = make_proof(build.source, graph)
         traced = _check_trace(build, graph, proof)
@@ -162,6 +165,14 @@ def _compile(
         manifest = artifact.write_manifest(folder, manifest.model_copy(update={"report": report}))
         engine.manifest = manifest
     return Compiled(out, engine, manifest)
+
+
+def _refuse_chance(graph: Graph) -> None:
+    """A model that draws random numbers has no result to be compared with."""
+    for node in graph.nodes:
+        if operators.is_random(node.op, node.args):
+            hint = "switch the model's randomness off, or make the random tensor an input"
+            raise TracingError(f"{node.op} draws random numbers: no two runs are equal", where=node.where, hint=hint)
 
 
 class _Announcer:
@@ -223,9 +234,11 @@ def first_engine_difference(backend: Backend, graph: Graph, proof: Proof) -> Any
 
 def _manifest(build: _Build, graph: Graph, built: Built, reports: list[PassReport], traced: StageParity) -> Manifest:
     packages = {name: version(name) for name in ("torch", "transformers")} | type(build.backend).versions()
+    refusals = [refusal for step in reports for refusal in step.refusals]
     report = BuildReport(
-        trace=traced, passes=reports, tactics=built.tactics, engine_ops=built.ops, warnings=built.warnings
-    )
+        trace=traced, passes=reports, attentions=attentions.table(graph, refusals), tactics=built.tactics,
+        engine_ops=built.ops, warnings=built.warnings,
+    )  # fmt: skip
     return Manifest(
         graphopt=version("graphopt"),
         versions=packages,
@@ -254,7 +267,7 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
         if isinstance(model, Source)
         else load_model(model)
         if isinstance(model, str)
-        else models.text_source(model)
+        else transformers_source(model)
     )
     probes = make_probes(source.sample(), engine.dims, source.traced, engine.manifest.mask, seed=1)
     call = eager(source.module)

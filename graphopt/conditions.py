@@ -7,7 +7,9 @@ Positions are the variables ``@b @h @q @k``; integers are polynomials over them 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import torch
 
 from graphopt.dims import Dim, Size
 from graphopt.ir import Value
@@ -23,6 +25,13 @@ class Int:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """The absolute value of a polynomial."""
+
+    size: Size
+
+
+@dataclass(frozen=True)
 class Real:
     number: float
 
@@ -33,6 +42,19 @@ class Element:
 
     value: Value
     index: tuple[Size, ...]
+
+
+class Token(str):
+    """The name of an unknown integer in polynomials: an element of which nothing is known but where it stands."""
+
+    __slots__ = ("element",)
+    element: Element
+
+    @staticmethod
+    def of(element: Element) -> Dim:
+        token = Token(f"%{element.value.name}[{', '.join(map(str, element.index))}]")
+        token.element = element
+        return Dim.named(token)
 
 
 @dataclass(frozen=True)
@@ -75,12 +97,15 @@ class Where:
 
 
 Condition: TypeAlias = "Const | AtMostZero | NonZero | Not | And | Or"
-Expr: TypeAlias = "Int | Real | Element | Where | Condition"
+Expr: TypeAlias = "Int | Distance | Real | Element | Where | Condition"
 CONDITIONS = (Const, AtMostZero, NonZero, Not, And, Or)
 
 
 def relation(relation: str, difference: Size) -> Condition:
     """``difference <relation> 0`` over integers."""
+    if relation in ("eq", "ne") and (unknown := _unknown_factors(difference)):
+        zero = disjunction(*(Not(NonZero(element)) for element in unknown))
+        return zero if relation == "eq" else negation(zero)
     if relation == "le":
         return at_most_zero(difference)
     if relation == "lt":
@@ -91,6 +116,57 @@ def relation(relation: str, difference: Size) -> Condition:
         return at_most_zero(-difference + 1)
     both = conjunction(at_most_zero(difference), at_most_zero(-difference))
     return both if relation == "eq" else negation(both)
+
+
+def _unknown_factors(size: Size) -> list[Element]:
+    """The elements whose product ``size`` is, up to a factor; none if it is anything else."""
+    if not isinstance(size, Dim) or len(size.terms) != 1:
+        return []
+    monomial, _ = size.terms[0]
+    return [atom.element for atom in monomial if isinstance(atom, Token)] if _all_tokens(monomial) else []
+
+
+def _all_tokens(monomial: tuple[object, ...]) -> bool:
+    return all(isinstance(atom, Token) for atom in monomial)
+
+
+def as_integer(expr: Expr) -> Expr:
+    """An element of an integer tensor as a polynomial; everything else as it is."""
+    if isinstance(expr, Element) and expr.value.type.dtype in (torch.int32, torch.int64):
+        return Int(Token.of(expr))
+    return expr
+
+
+def moved(size: Size, source: Dim, target: Dim) -> Size:
+    """A polynomial with one position in the place of another, inside the index of unknowns too."""
+    if not isinstance(size, Dim):
+        return size
+    env: dict[str, Any] = {}
+    for name in size.names:
+        if isinstance(name, Token):
+            place = tuple(moved(i, source, target) for i in name.element.index)
+            env[name] = Token.of(Element(name.element.value, place))
+        else:
+            env[name] = target if name == source.name else Dim.named(name)
+    result: Size = size.evaluate(env)
+    return result
+
+
+def positions(size: Size) -> frozenset[str]:
+    """The positions that a polynomial depends on, through unknowns too."""
+    found: set[str] = set()
+    for name in size.names if isinstance(size, Dim) else ():
+        found |= _index_positions(name.element) if isinstance(name, Token) else {name} & {"@b", "@h", "@q", "@k"}
+    return frozenset(found)
+
+
+def _index_positions(element: Element) -> frozenset[str]:
+    return frozenset().union(*(positions(i) for i in element.index))
+
+
+def within(distance: Distance, reach: Size) -> Condition:
+    """``|distance| <= reach``."""
+    return conjunction(at_most_zero(distance.size - reach), at_most_zero(-distance.size - reach))
 
 
 def at_most_zero(size: Size) -> Condition:
@@ -105,7 +181,7 @@ def as_condition(expr: Expr) -> Condition:
         return NonZero(expr)
     if isinstance(expr, Real):
         return Const(expr.number != 0)
-    if isinstance(expr, Int):
+    if isinstance(expr, (Int, Distance)):
         return relation("ne", expr.size)
     assert isinstance(expr, Where)
     then, otherwise = as_condition(expr.then), as_condition(expr.otherwise)

@@ -1,24 +1,21 @@
 """Prove what an attention mask says.
 
-``prove`` reads the sub-graph that computes a mask (arange, comparisons, and/or, where, index, expand, additive -inf ...) as
-one expression of batch, head, query and key position, and simplifies it. Where the expression is a conjunction of known
-conditions it returns them as a :class:`Mask`; where it is anything else it returns :class:`Unproven` with the first thing
-that does not fit. Nothing is taken for granted: a mask that is not proven stays a tensor.
+``prove`` reads the sub-graphs that compute a mask (:mod:`graphopt.mask_reader`) as one condition of batch, head, query and
+key position. Where the condition is a conjunction of known ones it returns them as a :class:`Mask`; where it is anything
+else it returns :class:`Unproven` with the first thing that does not fit. Nothing is taken for granted: a mask that is not
+proven stays a tensor.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from graphopt.conditions import (
     BATCH,
-    CONDITIONS,
     HEAD,
     KEY,
     QUERY,
@@ -31,37 +28,56 @@ from graphopt.conditions import (
     Int,
     NonZero,
     Not,
-    Real,
+    Or,
     Where,
     as_condition,
-    at_most_zero,
     conjunction,
     describe,
     disjunction,
+    moved,
     negation,
-    relation,
+    positions,
 )
-from graphopt.dims import Dim, Size
-from graphopt.ir import DimRange, Graph, Node, Value
+from graphopt.dims import Call, Dim, Size
+from graphopt.ir import DimRange, Graph, Value
+from graphopt.mask_reader import Reader, Unreadable, number_of
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys by a tensor with an axis of keys and perhaps one of batches: those where it is not zero; or where it is."""
+
+    value: Value
+    where_zero: bool = False
+
+    def __str__(self) -> str:
+        return f"{'not ' * self.where_zero}%{self.value.name}"
 
 
 @dataclass(frozen=True)
 class Mask:
     """A mask as a conjunction: every condition that is set must hold for a key to be visible.
 
-    ``window_left``, ``window_right`` as in ``graphopt.attention``; ``key_mask`` is a value ``[B, T]`` whose non-zero
-    elements are visible keys."""
+    ``causal``, ``window_left``, ``window_right``, ``chunk`` as in ``graphopt.attention``; ``prefix``: keys that these four do
+    not hide (or how many first ones). ``keys``: all of them must show the key. ``segments``: a tensor whose element at the
+    query and at the key must be equal."""
 
     causal: str = "none"
     window_left: int = -1
     window_right: int = -1
-    key_mask: Value | None = None
+    chunk: int = 0
+    prefix: Keys | int | None = None
+    keys: tuple[Keys, ...] = ()
+    segments: Value | None = None
 
     def __str__(self) -> str:
         parts = [f"causal ({self.causal})"] if self.causal != "none" else []
         parts += [f"window_left {self.window_left}"] if self.window_left >= 0 else []
         parts += [f"window_right {self.window_right}"] if self.window_right >= 0 else []
-        parts += [f"key padding (%{self.key_mask.name})"] if self.key_mask is not None else []
+        parts += [f"chunks of {self.chunk}"] if self.chunk else []
+        parts += [f"prefix {self.prefix}"] if self.prefix is not None else []
+        parts += [f"key padding ({keys})" for keys in self.keys]
+        parts += [f"segments (%{self.segments.name})"] if self.segments is not None else []
         return " and ".join(parts) or "none"
 
 
@@ -72,317 +88,36 @@ class Unproven:
     reason: str
 
 
-class _Stop(Exception):
-    """What the analysis cannot read."""
+def prove(graph: Graph, masks: Value | Sequence[Value], queries: Size, keys: Size) -> Mask | Unproven:
+    """What masks say together, each broadcast to ``[B, H, queries, keys]``: bool (true is visible) or added to the scores."""
+    reader = Reader(graph)
+    try:
+        parts = [condition_of(reader, mask) for mask in ([masks] if isinstance(masks, Value) else masks)]
+        return _Classifier(reader, Ranges(graph.dims, queries, keys)).classify(conjunction(*parts))
+    except Unreadable as stop:
+        return Unproven(reader.reasons[0] if reader.reasons else str(stop))
 
 
-def prove(graph: Graph, mask: Value, queries: Size, keys: Size) -> Mask | Unproven:
-    """What ``mask`` says, broadcast to ``[B, H, queries, keys]``: bool (true is visible) or added to the scores."""
+def condition_of(reader: Reader, mask: Value) -> Condition:
+    """Where a mask shows keys. Unreadable if it adds anything but zeros and lows."""
+    expr = _element(reader, mask)
+    return as_condition(expr) if mask.type.dtype == torch.bool else _visible(expr)
+
+
+def truth_of(reader: Reader, mask: Value) -> Condition:
+    """Where a tensor that is multiplied with scores is not zero. Unreadable if it holds anything but zeros and ones."""
+    expr = _element(reader, mask)
+    if isinstance(expr, Where) and {number_of(expr.then), number_of(expr.otherwise)} == {0.0, 1.0}:
+        return as_condition(expr)
+    raise Unreadable(f"%{mask.name} holds more than zeros and ones")
+
+
+def _element(reader: Reader, mask: Value) -> Expr:
     shape = mask.type.shape
     if len(shape) > 4:
-        return Unproven(f"%{mask.name} has {len(shape)} dimensions")
+        raise Unreadable(f"%{mask.name} has {len(shape)} dimensions")
     axes = (BATCH, HEAD, QUERY, KEY)[4 - len(shape) :]
-    index = tuple(0 if size == 1 else axis for axis, size in zip(axes, shape, strict=True))
-    try:
-        expr = Reader(graph).read(mask, index)
-        visible = as_condition(expr) if mask.type.dtype == torch.bool else _visible(expr)
-        return _classify(_conjuncts(visible), _Ranges(graph.dims, queries, keys), queries, keys)
-    except _Stop as stop:
-        return Unproven(str(stop))
-
-
-# Reading the graph
-
-
-class Reader:
-    """Elements of values as expressions of an index."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-
-    def read(self, value: Value, index: tuple[Size, ...]) -> Expr:
-        node = value.producer
-        if node is None:
-            weight = self.graph.weight_of(value)
-            if weight is not None and not value.type.shape:
-                return _literal(weight.load().item())
-            return Element(value, index)
-        reader = _READERS.get(node.op.split(".")[1]) if node.op.startswith("aten.") else None
-        return reader(self, node, index) if reader is not None else Element(value, index)
-
-    def arg(self, arg: Any, index: tuple[Size, ...], rank: int) -> Expr:
-        """An operand of an element-wise op, broadcast; or a constant."""
-        if not isinstance(arg, Value):
-            return _literal(arg)
-        shape = arg.type.shape
-        kept = index[rank - len(shape) :]
-        return self.read(arg, tuple(0 if size == 1 else i for size, i in zip(shape, kept, strict=True)))
-
-
-def _literal(number: Any) -> Expr:
-    if isinstance(number, bool):
-        return Const(number)
-    return Int(number) if isinstance(number, (int, Dim)) else Real(float(number))
-
-
-#: Integers that hold every position and every difference of two; the others wrap.
-EXACT = frozenset({torch.bool, torch.int32, torch.int64})
-
-
-def _require_exact(dtype: torch.dtype, node: Node) -> None:
-    if not (dtype in EXACT or dtype.is_floating_point):
-        raise _Stop(f"integers of a dtype that may wrap in {node.where}")
-
-
-Read: TypeAlias = "Callable[[Reader, Node, tuple[Size, ...]], Expr]"
-
-
-def _elementwise(fn: Callable[..., Expr]) -> Read:
-    """A reader for an op that works element by element on its operands in schema order."""
-
-    def read(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
-        if node.args.get("alpha", 1) != 1:
-            raise _Stop(f"alpha is not 1 in {node.where}")
-        for value in (*node.operands, *node.outputs):
-            _require_exact(value.type.dtype, node)
-        operands = [arg for name, arg in node.args.items() if name != "alpha"]
-        return fn(*(reader.arg(arg, index, len(index)) for arg in operands))
-
-    return read
-
-
-def _moved(place: Callable[[Node, tuple[Size, ...]], tuple[Size, ...]]) -> Read:
-    """A reader for an op that only moves elements: the same element at another index."""
-    return lambda reader, node, index: reader.read(node.args["self"], place(node, index))
-
-
-def _unsqueezed(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    axis = node.args["dim"]
-    return index[:axis] + index[axis + 1 :]
-
-
-def _expanded(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    shape = node.args["self"].type.shape
-    return tuple(0 if size == 1 else i for size, i in zip(shape, index[len(index) - len(shape) :], strict=True))
-
-
-def _transposed(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    swapped = list(index)
-    a, b = node.args["dim0"], node.args["dim1"]
-    swapped[a], swapped[b] = swapped[b], swapped[a]
-    return tuple(swapped)
-
-
-def _permuted(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    source: list[Size] = [0] * len(index)
-    for axis, size in zip(node.args["dims"], index, strict=True):
-        source[axis] = size
-    return tuple(source)
-
-
-def _sliced(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    axis, start = node.args["dim"], node.args["start"]
-    if isinstance(start, int) and start < 0:
-        raise _Stop(f"a negative start in {node.where}")
-    return (*index[:axis], (start or 0) + index[axis] * node.args["step"], *index[axis + 1 :])
-
-
-def _selected(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    axis, position = node.args["dim"], node.args["index"]
-    if isinstance(position, int) and position < 0:
-        position = node.args["self"].type.shape[axis] + position
-    return (*index[:axis], position, *index[axis:])
-
-
-def _reshaped(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    """A reshape that only adds or removes axes of size 1."""
-    old, new = node.args["self"].type.shape, node.outputs[0].type.shape
-    kept = [i for i, size in zip(index, new, strict=True) if size != 1]
-    if [size for size in old if size != 1] != [size for size in new if size != 1]:
-        raise _Stop(f"a reshape that regroups elements in {node.where}")
-    return tuple(0 if size == 1 else kept.pop(0) for size in old)
-
-
-def _arange(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
-    _require_exact(node.outputs[0].type.dtype, node)
-    start, step = node.args.get("start", 0), node.args.get("step", 1)
-    if isinstance(start, float) or isinstance(step, float) or node.outputs[0].type.dtype.is_floating_point:
-        raise _Stop(f"a range of real numbers in {node.where}")
-    return Int(start + index[0] * step)
-
-
-def _full(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
-    number = node.args["fill_value"]
-    if isinstance(number, Value):
-        return reader.arg(number, (), 0)
-    dtype = node.outputs[0].type.dtype
-    return _converted(_literal(number), dtype, node)
-
-
-def _cast(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
-    expr, dtype = reader.read(node.args["self"], index), node.args["dtype"]
-    if isinstance(expr, Element) and torch.bool not in (expr.value.type.dtype, dtype):
-        same = not expr.value.type.dtype.is_floating_point and (dtype.is_floating_point or dtype == torch.int64)
-        return expr if same else Element(node.outputs[0], index)
-    return _converted(expr, dtype, node)
-
-
-def _converted(expr: Expr, dtype: torch.dtype, node: Node) -> Expr:
-    """The expression in another dtype, where that is exact or rounds as torch does."""
-    if dtype == torch.bool:
-        return as_condition(expr)
-    if isinstance(expr, (Element, *CONDITIONS)):
-        one, zero = (Real(1.0), Real(0.0)) if dtype.is_floating_point else (Int(1), Int(0))
-        return _where(expr, one, zero)
-    if isinstance(expr, Where):
-        return Where(expr.condition, _converted(expr.then, dtype, node), _converted(expr.otherwise, dtype, node))
-    if isinstance(expr, Int) and dtype in (torch.int64, torch.int32):
-        return expr
-    number = _number(expr)
-    if number is None:
-        if dtype in (torch.float32, torch.float64):
-            return expr  # positions are far below 2 ** 24, up to which float32 is exact
-        raise _Stop(f"positions in a dtype that may not hold them in {node.where}")
-    if not dtype.is_floating_point and not math.isfinite(number):
-        raise _Stop(f"infinity as an integer in {node.where}")
-    converted = torch.tensor(number, dtype=torch.float64).to(dtype).item()
-    return Real(float(converted)) if dtype.is_floating_point else Int(int(converted))
-
-
-def _indexed(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
-    """``x[i, j, ...]`` with an index tensor for each of the first axes."""
-    source, indices = node.args["self"], node.args["indices"]
-    if any(position is None for position in indices):
-        raise _Stop(f"an index that skips axes in {node.where}")
-    rest = len(source.type.shape) - len(indices)
-    width = len(index) - rest
-    places: list[Size] = []
-    for position in indices:
-        expr = reader.arg(position, index[:width], width)
-        if not isinstance(expr, Int) or not _is_natural(expr.size):
-            raise _Stop(f"an index that is not a position in {node.where}")
-        places.append(expr.size)
-    return reader.read(source, (*places, *index[width:]))
-
-
-def _triangle(keep: Callable[[Size, Size, Size], Condition]) -> Read:
-    def read(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
-        inner = reader.read(node.args["self"], index)
-        condition = keep(index[-2], index[-1], node.args["diagonal"])
-        if isinstance(inner, CONDITIONS):
-            return conjunction(condition, inner)
-        return Where(condition, inner, Int(0) if isinstance(inner, Int) else Real(0.0))
-
-    return read
-
-
-def _compare(name: str) -> Read:
-    def compare(a: Expr, b: Expr) -> Expr:
-        if isinstance(a, Where) or isinstance(b, Where):
-            return _lift(compare, a, b)
-        if isinstance(a, Int) and isinstance(b, Int):
-            return relation(name, a.size - b.size)
-        if isinstance(a, Element) and b in (Int(0), Real(0.0), Const(False)) and name in ("ne", "eq"):
-            return NonZero(a) if name == "ne" else Not(NonZero(a))
-        if isinstance(a, CONDITIONS) and isinstance(b, CONDITIONS) and name in ("ne", "eq"):
-            same = disjunction(conjunction(a, b), conjunction(negation(a), negation(b)))
-            return same if name == "eq" else negation(same)
-        numbers = [x.number if isinstance(x, Real) else x.size for x in (a, b) if isinstance(x, (Real, Int))]
-        if len(numbers) == 2 and not any(isinstance(number, Dim) for number in numbers):
-            return Const(bool(getattr(operator, name)(*numbers)))
-        raise _Stop(f"a comparison ({name}) of values that are not positions")
-
-    return _elementwise(compare)
-
-
-def _arithmetic(fn: Callable[[Any, Any], Any]) -> Callable[[Expr, Expr], Expr]:
-    def combine(a: Expr, b: Expr) -> Expr:
-        if isinstance(a, Where) or isinstance(b, Where):
-            return _lift(combine, a, b)
-        if isinstance(a, Int) and isinstance(b, Int):
-            return Int(fn(a.size, b.size))
-        numbers = [_number(x) for x in (a, b)]
-        if None in numbers:
-            raise _Stop("arithmetic on values that are not positions or constants")
-        result = float(fn(*numbers))
-        if math.isnan(result):
-            raise _Stop("arithmetic that gives NaN")
-        return Real(result)
-
-    return combine
-
-
-def _number(expr: Expr) -> float | None:
-    if isinstance(expr, Real):
-        return expr.number
-    return float(expr.size) if isinstance(expr, Int) and isinstance(expr.size, int) else None
-
-
-def _lift(fn: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr:
-    if isinstance(a, Where):
-        return _where(a.condition, fn(a.then, b), fn(a.otherwise, b))
-    assert isinstance(b, Where)
-    return _where(b.condition, fn(a, b.then), fn(a, b.otherwise))
-
-
-def _where(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
-    truth = as_condition(condition)
-    if isinstance(truth, Const):
-        return then if truth.truth else otherwise
-    if isinstance(then, CONDITIONS) and isinstance(otherwise, CONDITIONS):
-        return disjunction(conjunction(truth, then), conjunction(negation(truth), otherwise))
-    return Where(truth, then, otherwise)
-
-
-def _multiply(a: Expr, b: Expr) -> Expr:
-    if isinstance(a, CONDITIONS) and isinstance(b, CONDITIONS):
-        return conjunction(a, b)
-    return _arithmetic(operator.mul)(a, b)
-
-
-def _masked_fill(source: Expr, mask: Expr, value: Expr) -> Expr:
-    return _where(mask, value, source)
-
-
-def _of_truths(read: Read) -> Read:
-    """A bitwise op, which is a logical one on booleans only."""
-
-    def truths(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
-        if node.outputs[0].type.dtype != torch.bool:
-            raise _Stop(f"a bitwise op on integers in {node.where}")
-        return read(reader, node, index)
-
-    return truths
-
-
-_READERS: Mapping[str, Read] = {
-    "arange": _arange,
-    "full": _full,
-    "to": _cast,
-    "unsqueeze": _moved(_unsqueezed),
-    "expand": _moved(_expanded),
-    "transpose": _moved(_transposed),
-    "permute": _moved(_permuted),
-    "slice": _moved(_sliced),
-    "select": _moved(_selected),
-    "reshape": _moved(_reshaped),
-    "index": _indexed,
-    "tril": _triangle(lambda row, column, diagonal: at_most_zero(column - row - diagonal)),
-    "triu": _triangle(lambda row, column, diagonal: at_most_zero(row + diagonal - column)),
-    **{name: _compare(name) for name in ("le", "lt", "ge", "gt", "eq", "ne")},
-    "logical_and": (_and := _elementwise(lambda a, b: conjunction(*map(as_condition, (a, b))))),
-    "logical_or": (_or := _elementwise(lambda a, b: disjunction(*map(as_condition, (a, b))))),
-    "logical_not": (_not := _elementwise(lambda a: negation(as_condition(a)))),
-    "bitwise_and": _of_truths(_and),
-    "bitwise_or": _of_truths(_or),
-    "bitwise_not": _of_truths(_not),
-    "add": _elementwise(_arithmetic(operator.add)),
-    "sub": _elementwise(_arithmetic(operator.sub)),
-    "rsub": _elementwise(lambda a, b: _arithmetic(operator.sub)(b, a)),
-    "mul": _elementwise(_multiply),
-    "where": _elementwise(_where),
-    "masked_fill": _elementwise(_masked_fill),
-}
+    return reader.read(mask, tuple(0 if size == 1 else axis for axis, size in zip(axes, shape, strict=True)))
 
 
 def _visible(expr: Expr) -> Condition:
@@ -392,38 +127,255 @@ def _visible(expr: Expr) -> Condition:
             conjunction(expr.condition, _visible(expr.then)),
             conjunction(negation(expr.condition), _visible(expr.otherwise)),
         )
-    number = _number(expr)
+    number = number_of(expr)
     if number is None:
-        raise _Stop("it adds values that are neither 0 nor -inf")
+        raise Unreadable("it adds values that are neither 0 nor -inf")
     if number == 0:
         return Const(True)
     if hides(number):
         return Const(False)
-    raise _Stop(f"it adds {number:g}, which is neither 0 nor low enough to hide a key")
+    raise Unreadable(f"it adds {number:g}, which is neither 0 nor low enough to hide a key")
 
 
 def hides(number: float) -> bool:
-    """Whether adding ``number`` to a score hides its key: -inf, or the lowest number of a dtype of 16 bits or more, or
-    sums of such. Scores are smaller by 30 orders of magnitude (by three for float16, whose range they share)."""
-    return number == -math.inf or number <= torch.finfo(torch.float16).min
+    """Whether adding ``number`` to a score hides its key: -inf, the lowest number of a dtype, or the -10000 of older models.
+    The weight of a key that is 10000 below another underflows to zero; scores differ by tens."""
+    return number <= -10000.0
+
+
+class _Classifier:
+    """Sorts the conditions of a conjunction into a Mask."""
+
+    def __init__(self, reader: Reader, ranges: Ranges) -> None:
+        self.reader, self.ranges = reader, ranges
+        self.surplus: Size = ranges.keys - ranges.queries
+        self.distances = _Distances()
+        self.chunk = 0
+        self.prefix: Keys | int | None = None
+        self.keys: dict[Keys, None] = {}
+        self.segments: Value | None = None
+
+    def classify(self, condition: Condition) -> Mask | Unproven:
+        waiting = [part for part in _conjuncts(condition) if not self.ranges.holds(part)]
+        for part in (part for part in list(waiting) if self._take_key(part)):
+            waiting.remove(part)
+        while waiting:
+            part = waiting.pop(0)
+            if isinstance(part, AtMostZero) and self._take_equality(part.size, waiting):
+                waiting.remove(AtMostZero(-part.size))
+            elif not (self.distances.take(part) or self._take_query(part) or self._take_prefix(part)):
+                return Unproven(self._why(part))
+        return self._mask()
+
+    def _why(self, part: Condition) -> str:
+        if self.reader.reasons:
+            return self.reader.reasons[0]
+        return f"it holds a condition that is no known structure: {describe(part)}"
+
+    def _take_key(self, part: Condition) -> bool:
+        """A condition of the key alone, in a tensor that holds it."""
+        keys = self._keys(part)
+        if keys is not None:
+            self.keys[keys] = None
+        return keys is not None
+
+    def _keys(self, part: Condition) -> Keys | None:
+        negated = isinstance(part, Not)
+        inner = part.inner if isinstance(part, Not) else part
+        element = inner.element if isinstance(inner, NonZero) else self.reader.by_key.get(part)
+        if element is None or not _is_row(element):
+            return None
+        return Keys(element.value, negated and isinstance(inner, NonZero))
+
+    def _take_query(self, part: Condition) -> bool:
+        """``mask[q]`` beside ``mask[k]``: both show what ``mask[q] == mask[k]`` beside ``mask[k]`` shows."""
+        if not isinstance(part, NonZero) or self.ranges.queries != self.ranges.keys:
+            return False
+        index = tuple(moved(i, QUERY, KEY) for i in part.element.index)
+        at_key = Element(part.element.value, index)
+        if index == part.element.index or not _is_row(at_key) or Keys(at_key.value) not in self.keys:
+            return False
+        if at_key.value.type.dtype != torch.bool:
+            return False  # two numbers that are not zero may differ
+        return self._take_segments(at_key.value)
+
+    def _take_equality(self, size: Size, waiting: Sequence[Condition]) -> bool:
+        """``f(key) == f(query)``, in two halves: chunks of one length, or a tensor of segment numbers."""
+        if AtMostZero(-size) not in waiting:
+            return False
+        for difference in (size, -size):
+            at_key, at_query = _split(difference)
+            if at_key is None or at_query is None or moved(at_key, KEY, QUERY) != -at_query:
+                continue
+            chunk = _chunk(at_key)
+            if chunk and self.chunk in (0, chunk):
+                self.chunk = chunk
+                return True
+            element = self.reader.by_key.get(Int(at_key))
+            if element is not None and _is_row(element) and self.ranges.queries == self.ranges.keys:
+                return self._take_segments(element.value)
+        return False
+
+    def _take_segments(self, value: Value) -> bool:
+        if self.segments not in (None, value):
+            return False
+        self.segments = value
+        return True
+
+    def _take_prefix(self, part: Condition) -> bool:
+        """``causal or prefix[k]``, ``causal or k < n``."""
+        if not isinstance(part, Or) or self.prefix is not None:
+            return False
+        inner = _Distances()
+        prefixes: list[Keys | int] = []
+        for alternative in part.parts:
+            first = _first_keys(alternative)
+            keys = first if first is not None else self._keys(alternative)
+            if keys is not None:
+                prefixes.append(keys)
+            elif not all(inner.take(each) for each in _conjuncts(alternative)):
+                return False
+        if len(prefixes) != 1 or inner.empty or not self.distances.empty or self.chunk:
+            return False
+        self.distances, self.prefix = inner, prefixes[0]
+        return True
+
+    def _mask(self) -> Mask | Unproven:
+        band = self.distances.band(self.surplus)
+        if isinstance(band, Unproven):
+            return band
+        if self.prefix is not None and self.chunk:
+            return Unproven("it has a prefix and chunks")
+        causal, left, right = band
+        if self.chunk and causal == "lower_right" and self.surplus != 0:
+            return Unproven("its chunks count from the upper left, its causal part from the lower right")
+        return Mask(causal, left, right, self.chunk, self.prefix, tuple(self.keys), self.segments)
+
+
+@dataclass
+class _Distances:
+    """Bounds of ``key - query`` (``above``) and ``query - key`` (``below``)."""
+
+    above: list[Size] = field(default_factory=list)
+    below: list[Size] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not self.above and not self.below
+
+    def take(self, condition: Condition) -> bool:
+        found = _distance(condition)
+        if found is not None:
+            (self.above if found[0] > 0 else self.below).append(found[1])
+        return found is not None
+
+    def band(self, surplus: Size) -> tuple[str, int, int] | Unproven:
+        """(causal, window_left, window_right). Windows count from where the causal part has the query."""
+        causal: str = "none"
+        shift: Size = 0
+        corners = {corner for size in self.above if (corner := _corner(size, surplus))}
+        if len(corners) == 2:
+            return Unproven("it is causal from both corners")
+        if corners:
+            causal = corners.pop()
+            shift = surplus if causal == "lower_right" else 0
+        right = _tightest("k - q", self.above, -shift, causal)
+        left = _tightest("q - k", self.below, shift)
+        if isinstance(right, Unproven) or isinstance(left, Unproven):
+            return right if isinstance(right, Unproven) else left  # type: ignore[return-value]
+        return causal, left, right
+
+
+def _tightest(what: str, bounds: Sequence[Size], shift: Size, causal: str = "none") -> int | Unproven:
+    """The smallest bound, counted from the query's place; -1 for none. Being causal is no window."""
+    smallest = -1
+    for bound in bounds:
+        width = bound + shift
+        if width == 0 and causal != "none":
+            continue
+        if not isinstance(width, int) or width < 0:
+            return Unproven(f"it holds a condition that is no known structure: {what} <= {bound}")
+        smallest = width if smallest < 0 else min(smallest, width)
+    return smallest
+
+
+def _corner(distance: Size, surplus: Size) -> str | None:
+    """Which causal mask ``k - q <= distance`` is, if one; where queries and keys are as many the two are one."""
+    return "upper_left" if distance == 0 else "lower_right" if distance == surplus else None
+
+
+def _distance(condition: Condition) -> tuple[int, Size] | None:
+    """``(+1, d)`` for ``k - q <= d``, ``(-1, d)`` for ``q - k <= d``, else None."""
+    if not isinstance(condition, AtMostZero):
+        return None
+    for sign, rest in ((1, condition.size - (KEY - QUERY)), (-1, condition.size - (QUERY - KEY))):
+        if not positions(rest) and not _unknowns(rest):
+            return sign, -rest
+    return None
+
+
+def _unknowns(size: Size) -> bool:
+    """Whether a polynomial has terms that no size of the graph gives."""
+    return isinstance(size, Dim) and any("%" in name for name in size.names)
+
+
+def _first_keys(condition: Condition) -> int | None:
+    """n for ``k < n``."""
+    if not isinstance(condition, AtMostZero):
+        return None
+    rest = condition.size - KEY
+    return 1 - rest if isinstance(rest, int) and rest <= 0 else None
+
+
+def _is_row(element: Element) -> bool:
+    """Whether an element's tensor has an axis of keys, perhaps one of batches, and none beside."""
+    shape = element.value.type.shape
+    axes = [i for size, i in zip(shape, element.index, strict=True) if size != 1]
+    return axes in ([BATCH, KEY], [KEY])
+
+
+def _split(size: Size) -> tuple[Size, Size] | tuple[None, None]:
+    """The terms that depend on the key, and those that depend on the query, if there are no others."""
+    at_key: Size = 0
+    at_query: Size = 0
+    for monomial, coefficient in size.terms if isinstance(size, Dim) else ():
+        term = Dim(((monomial, coefficient),)) if monomial else coefficient
+        where = positions(term)
+        if "@k" in where and not where & {"@q", "@h"}:
+            at_key = at_key + term
+        elif "@q" in where and not where & {"@k", "@h"}:
+            at_query = at_query + term
+        else:
+            return None, None
+    return at_key, at_query
+
+
+def _chunk(size: Size) -> int:
+    """c for ``k // c``, else 0."""
+    if not isinstance(size, Dim) or len(size.terms) != 1 or size.terms[0][1] != 1 or len(size.terms[0][0]) != 1:
+        return 0
+    (atom,) = size.terms[0][0]
+    is_chunk = isinstance(atom, Call) and atom.fn == "//" and atom.a == KEY and isinstance(atom.b, int)
+    return int(atom.b) if is_chunk else 0  # type: ignore[union-attr, arg-type]
 
 
 def _conjuncts(condition: Condition) -> Sequence[Condition]:
     return condition.parts if isinstance(condition, And) else (condition,)
 
 
-def _is_natural(size: Size) -> bool:
-    """Whether a polynomial has no negative term: with names >= 0 it is then >= 0."""
-    return size >= 0 if isinstance(size, int) else all(coefficient >= 0 for _, coefficient in size.terms)
-
-
 @dataclass(frozen=True)
-class _Ranges:
+class Ranges:
     """What is known of positions and sizes: ``0 <= @q < queries``, ``0 <= @k < keys``, dims at least their minimum."""
 
     dims: Mapping[str, DimRange]
     queries: Size
     keys: Size
+
+    def holds(self, condition: Condition) -> bool:
+        """Whether a condition is shown to hold everywhere."""
+        return condition == Const(True) or (
+            isinstance(condition, AtMostZero) and self.always_at_most_zero(condition.size)
+        )
 
     def always_at_most_zero(self, size: Size) -> bool:
         """Whether ``size <= 0`` for every position: shown by putting each position to the end that is worst."""
@@ -449,53 +401,3 @@ class _Ranges:
             else:
                 bound += number * self.dims[str(monomial[0])].min
         return bound <= 0
-
-
-def _classify(conditions: Sequence[Condition], ranges: _Ranges, queries: Size, keys: Size) -> Mask | Unproven:
-    """The conjunction as a Mask, or what in it is no known condition."""
-    causal, left, right = "none", -1, -1
-    key_mask: Value | None = None
-    for condition in conditions:
-        if condition == Const(True) or (
-            isinstance(condition, AtMostZero) and ranges.always_at_most_zero(condition.size)
-        ):
-            continue
-        if isinstance(condition, NonZero) and condition.element.index == (BATCH, KEY):
-            if key_mask is not None and key_mask is not condition.element.value:
-                return Unproven("it has two key padding masks")
-            key_mask = condition.element.value
-            continue
-        offset = _distance(condition)
-        if offset is None:
-            return Unproven(f"it holds a condition that is no known structure: {describe(condition)}")
-        sign, distance = offset
-        corner = _corner(sign, distance, keys - queries)
-        if corner is not None:
-            if causal not in ("none", corner):
-                return Unproven("it is causal from both corners")
-            causal = corner
-        elif isinstance(distance, int) and distance >= 0:
-            left = distance if sign < 0 and left < 0 else min(left, distance) if sign < 0 else left
-            right = distance if sign > 0 and right < 0 else min(right, distance) if sign > 0 else right
-        else:
-            return Unproven(f"it holds a condition that is no known structure: {describe(condition)}")
-    if causal == "lower_right" and (left >= 0 or right >= 0) and keys != queries:
-        return Unproven("its window counts from the upper left, its causal part from the lower right")
-    return Mask(causal, left, right, key_mask)
-
-
-def _corner(sign: int, distance: Size, surplus: Size) -> str | None:
-    """Which causal mask ``k - q <= distance`` is, if one; where queries and keys are as many the two are one."""
-    if sign < 0:
-        return None
-    return "upper_left" if distance == 0 else "lower_right" if distance == surplus else None
-
-
-def _distance(condition: Condition) -> tuple[int, Size] | None:
-    """``(+1, d)`` for ``k - q <= d``, ``(-1, d)`` for ``q - k <= d``, else None."""
-    if not isinstance(condition, AtMostZero):
-        return None
-    for sign, rest in ((1, condition.size - (KEY - QUERY)), (-1, condition.size - (QUERY - KEY))):
-        if not isinstance(rest, Dim) or not rest.names & {"@b", "@h", "@q", "@k"}:
-            return sign, -rest
-    return None

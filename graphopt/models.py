@@ -4,66 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from graphopt.errors import ModelError, nearest
-from graphopt.ir import DimRange
-from graphopt.probes import Sampler, is_mask, sampler_like
+from graphopt.sources import Source, transformers_source
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
     "tokenizer.model", "added_tokens.json", "chat_template.jinja", "generation_config.json", "config.json",
 )  # fmt: skip
-
-
-@dataclass
-class Source:
-    """A model ready to compile: the module in evaluation mode, example inputs, names of their dynamic axes.
-
-    ``dims``: ranges where the model knows them; ``vocabulary``: for integer inputs, how many values there are; ``mask``:
-    the padding mask among the inputs; ``files``: where the tokenizer's files lie."""
-
-    module: nn.Module
-    inputs: dict[str, Tensor | None]
-    axes: dict[str, tuple[str | None, ...]]
-    name: str = "model"
-    dims: dict[str, DimRange] = field(default_factory=dict)
-    vocabulary: dict[str, int] = field(default_factory=dict)
-    mask: str | None = None
-    files: Path | None = None
-    sampler: Sampler | None = None
-
-    def __post_init__(self) -> None:
-        if self.mask is None:
-            given = ((name, tensor) for name, tensor in self.inputs.items() if isinstance(tensor, Tensor))
-            self.mask = next((name for name, tensor in given if is_mask(name, tensor)), None)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The example inputs that are given."""
-        return {name: tensor for name, tensor in self.inputs.items() if tensor is not None}
-
-    @property
-    def traced(self) -> dict[str, int]:
-        """The example's size of each named axis."""
-        return {
-            axis: self.tensors[name].shape[index]
-            for name, names in self.axes.items()
-            for index, axis in enumerate(names)
-            if axis
-        }
-
-    def sample(self) -> Sampler:
-        return self.sampler or sampler_like(self.tensors, self.axes, self.vocabulary)
 
 
 def load_model(spec: str, base: Path | None = None) -> Source:
@@ -130,55 +84,7 @@ def from_directory(where: str | Path, name: str | None = None) -> Source:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot load {where}: {first[0]}", hint=_KINDS) from error
     files = Path(where) if local else None
-    return text_source(module, name=name or Path(where).name, files=files)
-
-
-def text_source(module: Any, *, name: str = "model", files: Path | None = None) -> Source:
-    """A Source for a transformers model that reads ``input_ids``: with attention mask, token types and decoder inputs
-    where its ``forward`` takes them."""
-    module = module.eval()
-    config = module.config
-    config.use_cache = False  # a cache in the outputs cannot be traced; insert_kv_cache makes one in the graph
-    if getattr(module, "main_input_name", "input_ids") != "input_ids":
-        raise ModelError(
-            f"{type(module).__name__} reads {module.main_input_name}, not input_ids",
-            hint="write a factory that returns a graphopt.Source with example inputs",
-        )
-    takes = inspect.signature(module.forward).parameters
-    ids = torch.arange(2 * 6).reshape(2, 6) % config.vocab_size
-    inputs: dict[str, Tensor | None] = {"input_ids": ids}
-    if "attention_mask" in takes:
-        inputs["attention_mask"] = torch.ones_like(ids)
-    if "token_type_ids" in takes and getattr(config, "type_vocab_size", 0) > 1:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    axes: dict[str, tuple[str | None, ...]] = dict.fromkeys(inputs, ("batch", "sequence"))
-    vocabulary = {"input_ids": config.vocab_size, "token_type_ids": getattr(config, "type_vocab_size", 1)}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:, :5].clone()
-        axes["decoder_input_ids"] = ("batch", "decoder_sequence")
-        vocabulary["decoder_input_ids"] = config.vocab_size
-    longest = getattr(config, "max_position_embeddings", None)
-    dims = {"sequence": DimRange(1, _usable_positions(config, longest))} if longest else {}
-    return Source(
-        module, inputs, axes, name, dims, vocabulary, "attention_mask" if "attention_mask" in inputs else None, files
-    )
-
-
-def _usable_positions(config: Any, longest: int) -> int:
-    """RoBERTa-like models count positions from the padding id on, so the first ones are never used."""
-    offset_types = (
-        "roberta",
-        "xlm-roberta",
-        "camembert",
-        "xlm-roberta-xl",
-        "mpnet",
-        "longformer",
-        "esm",
-        "luke",
-        "data2vec-text",
-    )
-    offset = (config.pad_token_id or 0) + 1 if config.model_type in offset_types else 0
-    return longest - offset
+    return transformers_source(module, name=name or Path(where).name, files=files)
 
 
 def cache_folder() -> Path:

@@ -50,7 +50,7 @@ def _front_axes(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """Negative axes counted from the front."""
     first = args.get("self", args.get("input", args.get("tensors")))
     if isinstance(first, tuple):
-        first = first[0] if first else None
+        first = max(first, key=lambda tensor: len(tensor.type.shape), default=None)
     if not isinstance(first, Value):
         return dict(args)
     rank = len(first.type.shape) + (name in ("unsqueeze", "stack"))
@@ -153,6 +153,16 @@ def _arange(args: Mapping[str, Any], types: tuple[TensorType, ...]) -> Call:
     )
 
 
+def _cat(args: Mapping[str, Any], types: tuple[TensorType, ...]) -> Call | Value:
+    """Empty tensors add nothing; torch lets them be of one dimension beside others of more."""
+    axis = args["dim"]
+    kept = tuple(t for t in args["tensors"] if t.type.shape != (0,) and t.type.shape[axis] != 0)
+    if len(kept) == 1 and kept[0].type == types[0]:
+        only: Value = kept[0]
+        return only
+    return Call("aten.cat.default", {**args, "tensors": kept or args["tensors"]})
+
+
 def _layer_norm(args: Mapping[str, Any], types: tuple[TensorType, ...]) -> Call:
     return Call("aten.layer_norm.default", {**args, "cudnn_enable": True})  # says nothing about the result
 
@@ -165,7 +175,16 @@ _FORMS: dict[str, Form] = {
     "_to_copy": _cast,
     "type_as": _cast,
     **dict.fromkeys(
-        ("view.default", "_unsafe_view", "reshape", "flatten.using_ints", "unflatten.int", "squeeze", "view_as"),
+        (
+            "view.default",
+            "_unsafe_view",
+            "reshape",
+            "flatten.using_ints",
+            "unflatten.int",
+            "squeeze",
+            "view_as",
+            "reshape_as",
+        ),
         _reshape,
     ),
     "expand": _expand,
@@ -180,6 +199,8 @@ _FORMS: dict[str, Form] = {
     "__xor__.Tensor": _logical("bitwise_xor.Tensor"),
     **dict.fromkeys(("full", "full_like", "new_full"), _size_of_like),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
+    **dict.fromkeys(("empty", "empty_like", "new_empty"), _filled(0)),  # what they hold means nothing
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
     "arange": _arange,
+    "cat.default": _cat,
 }

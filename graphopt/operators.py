@@ -90,9 +90,13 @@ def bind(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
     return bound
 
 
+def is_random(op: str, args: Mapping[str, Any]) -> bool:
+    """Whether two calls with these arguments may differ."""
+    return _may_draw(op) and args.get("dropout_p") != 0
+
+
 @cache
-def is_random(op: str) -> bool:
-    """Whether two calls with the same arguments may differ."""
+def _may_draw(op: str) -> bool:
     return torch.Tag.nondeterministic_seeded in resolve(op).tags
 
 

@@ -3,13 +3,17 @@
 ``op.add(op.mul(x, scale), bias)`` matches that expression; the parameters are holes. ``a | b`` tries ``a``, then ``b``,
 and back-tracks; ``.tag(divides=True)`` records which was taken. An argument that is not written must have its schema
 default, unless the last one is ``...``, which waives all of them. Operands of commutative ops match in either order.
-``.shared()`` lets other nodes use an inner value too; without it the match is refused.
+``.shared()`` lets other nodes use an inner value too; without it the match is refused. ``op.repeated(start, step)`` is
+``start`` under any number of steps, each with holes of its own.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,8 +103,48 @@ class CallPattern(Pattern):
         return self
 
 
+@dataclass(eq=False)
+class Repeated(Pattern):
+    """``start``, then ``step`` any number of times; a match keeps the steps under ``name``, the innermost first."""
+
+    start: Any
+    step: Callable[..., Any]
+    name: str
+
+    def one_more(self) -> tuple[Hole, Any]:
+        """A step with fresh nodes: (the hole for what it is applied to, its pattern)."""
+        holes = holes_of(self.step)
+        inner, *_ = holes.values()
+        return inner, self.step(Ops(), **holes)
+
+
+class Step:
+    """One step of a repetition: its holes and tags as attributes, None for those of alternatives that were not taken."""
+
+    def __init__(self, holes: dict[str, Any], tags: dict[str, Any]) -> None:
+        self.holes, self.tags = holes, tags
+
+    def __getattr__(self, name: str) -> Any:
+        return self.holes[name] if name in self.holes else self.tags.get(name)
+
+
+def holes_of(function: Callable[..., Any]) -> dict[str, Hole]:
+    """A hole for each parameter of a pattern after its namespace, of the class that it is annotated with."""
+    hints = typing.get_type_hints(function)
+    names = [name for name in inspect.signature(function).parameters if name not in ("self", "op")]
+    return {name: _hole_class(hints.get(name))(name) for name in names}
+
+
+def _hole_class(annotation: Any) -> type[Hole]:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Hole) else Hole
+
+
 class Ops:
     """Namespace of patterns: ``op.add(a, b)`` is any overload of aten.add, ``op.graphopt.attention(...)`` one of ours."""
+
+    def repeated(self, start: Any, step: Callable[..., Any], name: str = "steps") -> Repeated:
+        """``start``, or ``step(op, x, ...)`` of it, or a step of that, and so on."""
+        return Repeated(start, step, name)
 
     def __getattr__(self, name: str) -> OpPattern:
         if name in ("aten", "graphopt", "transformers", "torchvision"):
@@ -136,6 +180,8 @@ def match(pattern: Any, arg: Any, found: Found) -> Iterator[Found]:
     """Every way in which ``arg`` is what ``pattern`` says, given what was found so far."""
     if isinstance(pattern, Hole):
         yield from _match_hole(pattern, arg, found)
+    elif isinstance(pattern, Repeated):
+        yield from _match_repeated(pattern, arg, found)
     elif isinstance(pattern, Either):
         yield from match(pattern.first, arg, found)
         yield from match(pattern.second, arg, found)
@@ -151,6 +197,8 @@ def match(pattern: Any, arg: Any, found: Found) -> Iterator[Found]:
             yield from _match_all(list(zip(pattern, arg, strict=True)), found)
     elif _equal(pattern, arg):
         yield found
+    else:
+        _missed(found, repr(pattern), arg)
 
 
 def _match_hole(hole: Hole, arg: Any, found: Found) -> Iterator[Found]:
@@ -161,8 +209,21 @@ def _match_hole(hole: Hole, arg: Any, found: Found) -> Iterator[Found]:
         yield Found(found.holes | {hole.name: arg}, found.nodes, found.tags)
 
 
+def _match_repeated(pattern: Repeated, arg: Any, found: Found) -> Iterator[Found]:
+    yield from match(pattern.start, arg, found)
+    if not isinstance(arg, Value) or arg.producer is None:
+        return
+    inner, step = pattern.one_more()
+    for outer in match(step, arg, Found({}, found.nodes)):
+        rest = {name: value for name, value in outer.holes.items() if name != inner.name}
+        for whole in _match_repeated(pattern, outer.holes[inner.name], Found(found.holes, outer.nodes, found.tags)):
+            steps = (*whole.holes.get(pattern.name, ()), Step(rest, outer.tags))
+            yield Found(whole.holes | {pattern.name: steps}, whole.nodes, whole.tags)
+
+
 def _match_call(pattern: CallPattern, arg: Any, found: Found, index: int) -> Iterator[Found]:
     if not isinstance(arg, Value) or arg.producer is None or arg not in arg.producer.outputs[index : index + 1]:
+        _missed(found, pattern.packet, arg)
         return
     node = arg.producer
     if pattern in found.nodes:
@@ -176,11 +237,14 @@ def match_node(pattern: CallPattern, node: Node, found: Found) -> Iterator[Found
     """Every way in which ``node`` is what the call pattern says."""
     packet, _, overload = node.op.rpartition(".")
     if packet != pattern.packet or pattern.overload not in (None, overload):
+        _missed(found, pattern.packet, node.outputs[0])
         return
     found = Found(found.holes, found.nodes | {pattern: node}, found.tags)
     for written in _assignments(pattern, node):
         rest = [name for name in node.args if name not in written]
-        if not pattern.waives and not all(_is_default(node, name) for name in rest):
+        odd = [] if pattern.waives else [name for name in rest if not _is_default(node, name)]
+        if odd:
+            _missed(found, f"{packet} without {odd[0]}", node.outputs[0])
             continue
         yield from _match_all([(part, node.args[name]) for name, part in written.items()], found)
 
@@ -225,6 +289,52 @@ def _equal(expected: Any, arg: Any) -> bool:
     return bool(expected == arg)
 
 
+# Near misses
+
+
+@dataclass
+class NearMiss:
+    """Where the match that came furthest ended: after ``depth`` nodes, ``expected`` did not stand at ``found``."""
+
+    depth: int = 0
+    expected: list[str] = field(default_factory=list)
+    found: Any = None
+
+    def note(self, depth: int, expected: str, found: Any) -> None:
+        if depth > self.depth or (depth == self.depth and self.found is None):
+            self.depth, self.expected, self.found = depth, [expected], found
+        elif depth == self.depth and found is self.found and expected not in self.expected:
+            self.expected.append(expected)
+
+    def __str__(self) -> str:
+        wanted = " or ".join(self.expected)
+        if not isinstance(self.found, Value):
+            return f"expected {wanted}, not {self.found!r}"
+        node = self.found.producer
+        return f"expected {wanted}, not %{self.found.name}, {'an input' if node is None else node.op}" + (
+            f" from {' | '.join(node.origin)}" if node is not None and node.origin else ""
+        )
+
+
+_watching: NearMiss | None = None
+
+
+@contextmanager
+def watching() -> Iterator[NearMiss]:
+    """Record where matches fail while this lasts."""
+    global _watching  # noqa: PLW0603 - it observes the recursion and decides nothing
+    _watching = NearMiss()
+    try:
+        yield _watching
+    finally:
+        _watching = None
+
+
+def _missed(found: Found, expected: str, arg: Any) -> None:
+    if _watching is not None:
+        _watching.note(len(found.nodes), expected, arg)
+
+
 def root_packets(pattern: Any) -> set[str]:
     """The ops that a match of ``pattern`` can end in."""
     if isinstance(pattern, CallPattern):
@@ -235,4 +345,6 @@ def root_packets(pattern: Any) -> set[str]:
         return root_packets(pattern.inner)
     if isinstance(pattern, Item):
         return {pattern.call.packet}
+    if isinstance(pattern, Repeated):
+        return root_packets(pattern.start) | root_packets(pattern.one_more()[1])
     return set()

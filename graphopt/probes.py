@@ -19,16 +19,26 @@ def sampler_like(
     examples: Mapping[str, Tensor],
     axes: Mapping[str, tuple[str | None, ...]],
     vocabulary: Mapping[str, int] | None = None,
+    mask: str | None = None,
+    padding: Mapping[str, int] | None = None,
+    left_padding: bool = True,
 ) -> Sampler:
     """Random inputs of the examples' kind: integers below ``vocabulary[name]`` or in the example's range, floats of the
-    example's mean and deviation, masks (0/1 tensors with "mask" in their name) with ragged padding."""
+    example's mean and deviation, masks (0/1 tensors with "mask" in their name) with ragged padding, on the left of every
+    other row with ``left_padding``. Where ``mask`` is 0 an input has ``padding[name]``."""
     known = vocabulary or {}
 
     def sample(sizes: dict[str, int], generator: torch.Generator) -> dict[str, Tensor]:
-        return {
-            name: _sample(name, example, _shape(example, axes.get(name, ()), sizes), generator, known.get(name))
+        made = {
+            name: _sample(
+                name, example, _shape(example, axes.get(name, ()), sizes), generator, known.get(name), left_padding
+            )
             for name, example in examples.items()
         }
+        if mask is not None:
+            hidden = made[mask] == 0
+            made |= {name: made[name].masked_fill(hidden, filler) for name, filler in (padding or {}).items()}
+        return made
 
     return sample
 
@@ -39,10 +49,11 @@ def _shape(example: Tensor, axes: tuple[str | None, ...], sizes: Mapping[str, in
 
 
 def _sample(
-    name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Generator, vocabulary: int | None
-) -> Tensor:
+    name: str, example: Tensor, shape: tuple[int, ...], generator: torch.Generator, vocabulary: int | None,
+    left_padding: bool,
+) -> Tensor:  # fmt: skip
     if is_mask(name, example):
-        return ragged_mask(shape, generator).to(example.dtype)
+        return ragged_mask(shape, generator, left_padding).to(example.dtype)
     if example.is_floating_point():
         noise = torch.randn(shape, generator=generator)
         return (noise * example.float().std(correction=0) + example.float().mean()).to(example.dtype)
@@ -58,16 +69,16 @@ def is_mask(name: str, example: Tensor) -> bool:
     return "mask" in name and example.ndim == 2 and not bool(((example != 0) & (example != 1)).any())
 
 
-def ragged_mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def ragged_mask(shape: tuple[int, ...], generator: torch.Generator, left: bool = True) -> Tensor:
     """``[batch, sequence]``: the first row full, every other row at least one position; even rows padded on the right,
-    odd ones on the left."""
+    odd ones on the left, if ``left``."""
     batch, sequence = shape
     lengths = torch.randint(max(1, sequence // 2), sequence + 1, (batch,), generator=generator)
     lengths[0] = sequence
     positions = torch.arange(sequence)
-    right = positions < lengths[:, None]
-    left = positions >= sequence - lengths[:, None]
-    return torch.where((torch.arange(batch) % 2 == 0)[:, None], right, left)
+    padded_right = positions < lengths[:, None]
+    padded_left = positions >= sequence - lengths[:, None]
+    return torch.where((torch.arange(batch) % 2 == left)[:, None], padded_left, padded_right) if left else padded_right
 
 
 def make_probes(

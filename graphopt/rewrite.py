@@ -17,8 +17,6 @@ graph is as it was, and the reason is reported. ``applies`` is for what a patter
 
 from __future__ import annotations
 
-import inspect
-import typing
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ from graphopt import operators
 from graphopt.dims import Size
 from graphopt.errors import RewriteError
 from graphopt.ir import Graph, Node, Value, Weight
-from graphopt.patterns import Found, Hole, Item, Ops, match, root_packets
+from graphopt.patterns import Found, Item, Ops, holes_of, match, root_packets, watching
 
 
 class Refusal(Exception):
@@ -69,20 +67,11 @@ class Rule:
     def compiled(self) -> tuple[Any, ...]:
         """The pattern's roots, holes filled in; made once."""
         if not hasattr(self, "_roots"):
-            roots = self.pattern(Ops(), **self._holes())
+            roots = self.pattern(Ops(), **holes_of(type(self).pattern))
             self._roots: tuple[Any, ...] = roots if isinstance(roots, tuple) else (roots,)
             if not root_packets(self._roots[0]):
                 raise RewriteError(f"the pattern of {self.name} ends in no op")
         return self._roots
-
-    def _holes(self) -> dict[str, Hole]:
-        hints = typing.get_type_hints(type(self).pattern)
-        names = list(inspect.signature(self.pattern).parameters)[1:]
-        return {name: _hole_class(hints.get(name))(name) for name in names}
-
-
-def _hole_class(annotation: Any) -> type[Hole]:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Hole) else Hole
 
 
 class Match:
@@ -191,6 +180,18 @@ class RewriteLog:
 def apply_rules(graph: Graph, rules: Sequence[Rule], label: str) -> RewriteLog:
     """Rewrite until no rule matches. ``label`` is what the new nodes' origin is extended with."""
     return _Rewriter(graph, rules, label).run()
+
+
+def near_miss(rule: Rule, node: Node) -> str | None:
+    """Why ``rule`` does not match at ``node``: the first thing that is not as it expects, on the way that leads furthest.
+
+    None if it does match."""
+    first = rule.compiled()[0]
+    index = first.index if isinstance(first, Item) else 0
+    with watching() as miss:
+        for _ in match(first, node.outputs[index], Found()):
+            return None
+    return str(miss)
 
 
 class _Rewriter:

@@ -145,7 +145,7 @@ def read_graph(what: str) -> Graph:
     from graphopt.tracing import trace
 
     source = load_model(what)
-    return trace(source.module, source.inputs, source.axes, source.dims)
+    return trace(source.module, source.inputs, source.axes, defaults=source.dims)
 
 
 def graph_facts(graph: Graph, *, with_text: bool, with_weights: bool, origins: bool) -> dict[str, Any]:

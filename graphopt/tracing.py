@@ -23,9 +23,10 @@ from graphopt import operators
 from graphopt.dims import Dim, Size
 from graphopt.eager import path_name
 from graphopt.errors import GraphError, TracingError
-from graphopt.inference import silent_logging, size_from_torch
+from graphopt.inference import infer, silent_logging, size_from_torch
 from graphopt.ir import DimRange, Graph, TensorType, Value, Weight, map_arg
 from graphopt.normalize import is_assertion, normalize
+from graphopt.scalars import size_of
 from graphopt.text import RESERVED
 
 Axes: TypeAlias = "Mapping[str, Sequence[str | None]]"
@@ -38,12 +39,14 @@ def trace(
     inputs: Mapping[str, Any],
     axes: Axes,
     dims: Mapping[str, DimRange | tuple[int, int | None]] | None = None,
+    defaults: Mapping[str, DimRange] | None = None,
 ) -> Graph:
     """The graph of ``module(**inputs)``.
 
     ``inputs``: example tensors by argument name; None stands for an optional input that is left out. ``axes``: for each
     input the names of its dynamic axes, as in ``{"input_ids": ("batch", "sequence")}``, None for a fixed one; axes of one
-    name are of one size. ``dims``: the range of each name, by default any size from 1.
+    name are of one size. ``dims``: the range of each name, by default any size from 1. ``defaults``: ranges for names that
+    ``dims`` leaves out; they give way to what the model allows.
 
     TracingError names the node and source line of what cannot become a graph."""
     given = {name: value for name, value in inputs.items() if value is not None}
@@ -51,10 +54,11 @@ def trace(
         name: bounds if isinstance(bounds, DimRange) else DimRange(*bounds) for name, bounds in (dims or {}).items()
     }
     _check_request(module, given, axes, ranges)
+    unasked = {name: bounds for name, bounds in (defaults or {}).items() if name not in ranges}
     program = _export(module, given, axes)
     if any(_mutates(node) for node in _all_nodes(program.graph_module)):
         program = _functionalized(program, module)
-    return _Importer(program, given, axes, ranges).graph
+    return _Importer(program, given, axes, ranges, unasked).graph
 
 
 def _check_request(module: nn.Module, given: Mapping[str, Any], axes: Axes, dims: Mapping[str, DimRange]) -> None:
@@ -176,9 +180,14 @@ class _Importer:
     """One pass over the exported program; ``graph`` is the result."""
 
     def __init__(
-        self, program: torch.export.ExportedProgram, given: Mapping[str, Any], axes: Axes, dims: dict[str, DimRange]
+        self,
+        program: torch.export.ExportedProgram,
+        given: Mapping[str, Any],
+        axes: Axes,
+        dims: dict[str, DimRange],
+        defaults: dict[str, DimRange],
     ) -> None:
-        self.program = program
+        self.program, self.defaults = program, defaults
         self.graph = Graph()
         self.meaning: dict[str, Size] = {}
         self._weights: dict[Any, Value] = {}
@@ -233,13 +242,14 @@ class _Importer:
         bounds = constraints.get(symbol)
         low, high = (int(bounds.lower), _finite(bounds.upper)) if bounds is not None else (0, None)
         low = 0 if low <= 2 else low  # torch's own assumption about 0 and 1; parity is proven at the smallest size
-        asked = dims.get(dim, self.graph.dims.get(dim, DimRange(max(low, 1), None)))
+        asked = dims.get(dim) or self.graph.dims.get(dim) or self.defaults.get(dim) or DimRange(1, None)
         if dim in dims and (asked.min < low or (high is not None and (asked.max is None or asked.max > high))):
             raise TracingError(
                 f"dims asks for {dim} in {asked}, the model allows {DimRange(low, high)}",
                 where=where,
                 hint=f"set dims: {{{dim}: [{max(asked.min, low)}, {high}]}}",
             )
+        asked = DimRange(max(asked.min, low), asked.max)
         if high is not None and (asked.max is None or asked.max > high):
             asked = DimRange(asked.min, high)
         self.graph.dims[dim] = asked
@@ -284,7 +294,7 @@ class _Importer:
         if name == "getitem" and isinstance(env.get(node.args[0]), tuple):  # type: ignore[arg-type]
             env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
         elif isinstance(meta, (torch.SymInt, int)) and not isinstance(meta, bool):
-            env[node] = self._size(meta, node)
+            env[node] = self._size_or_unknown(meta, node, env)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             env[node] = self._inline(node, env)
         elif isinstance(node.target, torch._ops.OpOverload):
@@ -330,7 +340,7 @@ class _Importer:
         parts = meta if isinstance(meta, (tuple, list)) else (meta,)
         if not all(isinstance(part, torch.Tensor) for part in parts):
             raise self._refusal(f"{op} gives a number that depends on data", node, "keep it a tensor")
-        types = tuple(self._type(part, node) for part in parts)
+        types = self._types(op, args, parts, node)
         call = normalize(op, args, types)
         if isinstance(call, Value):
             return call
@@ -342,10 +352,39 @@ class _Importer:
         if isinstance(leaf, torch.fx.Node):
             if leaf not in env:
                 raise self._refusal(f"argument {leaf.name} of {node.target} is neither a tensor nor a size", node)
+            if isinstance(env[leaf], TracingError):
+                raise env[leaf]
             return env[leaf]
         if isinstance(leaf, (torch.device, torch.layout, torch.memory_format)):
             return None
         return leaf
+
+    def _size_or_unknown(self, size: Any, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Size | TracingError:
+        """A size; or, for one that depends on data, the refusal to raise where it is used."""
+        if node.target is torch.ops.aten.item.default and isinstance(size, torch.SymInt):
+            found = size_of(self.graph, env[node.args[0]])  # type: ignore[index]
+            if found is not None:
+                self.meaning[str(size.node.expr)] = found
+        try:
+            return self._size(size, node)
+        except TracingError as refusal:
+            return refusal
+
+    def _types(
+        self, op: str, args: Mapping[str, Any], parts: Sequence[Any], node: torch.fx.Node
+    ) -> tuple[TensorType, ...]:
+        """The results' types as the trace has them. Where torch lost sight of a size, as it is inferred from the operands."""
+        unknown = {
+            str(size.node.expr) for part in parts for size in part.shape if _is_unbacked(size)
+        } - self.meaning.keys()
+        if not unknown or not self.meaning.keys() & {symbol for symbol in self.meaning if symbol.startswith("u")}:
+            return tuple(self._type(part, node) for part in parts)
+        types = infer(op, operators.bind(op, (), args))
+        for part, type in zip(parts, types, strict=True):
+            for size, found in zip(part.shape, type.shape, strict=True):
+                if _is_unbacked(size) and str(size.node.expr) in unknown:
+                    self.meaning[str(size.node.expr)] = found
+        return types
 
     def _type(self, tensor: torch.Tensor, node: torch.fx.Node) -> TensorType:
         return TensorType(tensor.dtype, tuple(self._size(size, node) for size in tensor.shape))
@@ -384,6 +423,11 @@ def _refuse_output(spec: Any) -> bool:
     raise TracingError(
         f"the module writes into {spec.target!r} ({spec.kind.name})", hint="do not change inputs in place"
     )
+
+
+def _is_unbacked(size: Any) -> bool:
+    """Whether a size is a symbol that torch made for a number it does not know."""
+    return isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and str(size.node.expr).startswith("u")
 
 
 def _op_name(target: torch._ops.OpOverload) -> str:

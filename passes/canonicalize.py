@@ -20,7 +20,8 @@ from graphopt import operators
 from graphopt.execution import run
 from graphopt.ir import Graph, Node, TensorType, Value, Weight, leaves
 from graphopt.normalize import normalize
-from graphopt.patterns import Hole, NumberHole, Ops, TensorHole
+from graphopt.passes.moves import MOVES
+from graphopt.patterns import Hole, Ops, TensorHole
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Build, Match, RewriteLog, Rule, applies, apply_rules, require
 
@@ -64,37 +65,17 @@ def _same_type(m: Match) -> Value:
     return found
 
 
-class MergeReshapes(Rule):
-    """reshape(reshape(x))  ->  reshape(x)"""
-
-    def pattern(self, op: Ops, x: TensorHole, inner: Hole, outer: Hole) -> Any:
-        return op.reshape(op.reshape(x, inner).shared(), outer)
-
-    def rewrite(self, op: Build, m: Match) -> Value:
-        if m.x.type == m.roots[0].type:
-            return _same_type(m)
-        result: Value = op.reshape(m.x, m.outer)
-        return result
-
-
-class DropDoubleTranspose(Rule):
-    """transpose(transpose(x, a, b), a, b)  ->  x"""
-
-    def pattern(self, op: Ops, x: TensorHole, a: NumberHole, b: NumberHole) -> Any:
-        return op.transpose(op.transpose(x, a, b).shared(), a, b)
-
-    def rewrite(self, op: Build, m: Match) -> Value:
-        return _same_type(m)
-
-
 class NumberOperand(Rule):
-    """x * c, x / c, x + c with a constant tensor of one number  ->  the number itself"""
+    """x * c, where(m, x, c) and others with a constant tensor of one number  ->  the number itself"""
 
-    def pattern(self, op: Ops, x: TensorHole, c: TensorHole) -> Any:
+    def pattern(self, op: Ops, x: TensorHole, c: TensorHole, mask: TensorHole) -> Any:
         return (
             op.mul.Tensor(x, c).tag(op="mul.Tensor")
             | op.div.Tensor(x, c).tag(op="div.Tensor")
             | op.add.Tensor(x, c).tag(op="add.Tensor")
+            | op.where.self(mask, x, c).tag(op="where.ScalarOther", order="mask x c")
+            | op.where.self(mask, c, x).tag(op="where.ScalarSelf", order="mask c x")
+            | op.masked_fill.Tensor(x, mask, c).tag(op="masked_fill.Scalar", order="x mask c")
         )
 
     def rewrite(self, op: Build, m: Match) -> Value:
@@ -102,8 +83,9 @@ class NumberOperand(Rule):
         weight = m.node.graph.weight_of(m.c)
         applies(weight is not None and m.c.type.shape == ())
         assert weight is not None
-        name, overload = m.op.split(".")
-        result: Value = getattr(getattr(op, name), overload)(m.x, weight.load().item())
+        operands = {"x": m.x, "mask": m.mask, "c": weight.load().item()}
+        ordered = [operands[name] for name in (m.order or "x c").split()]
+        result: Value = op.node(f"aten.{m.op}", ordered, {}).output
         require(result.type == m.roots[0].type, "the dtype would change")
         return result
 
@@ -120,7 +102,8 @@ class Canonicalize(Pass):
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
         _normalize_all(graph, log)
-        rules = [DropAddZero(), DropMulOne(), DropAndTrue(), MergeReshapes(), DropDoubleTranspose(), NumberOperand()]
+        rules = [DropAddZero(), DropMulOne(), DropAndTrue(), *MOVES, NumberOperand()]
+        _fold_constants(graph, log, self.fold_bytes)
         found = apply_rules(graph, rules, self.kind)
         log.matches.update(found.matches)
         _fold_constants(graph, log, self.fold_bytes)
@@ -156,7 +139,7 @@ def _fold_constants(graph: Graph, log: RewriteLog, limit: int) -> None:
     """Make a weight of every value that depends on weights alone. Its data are computed when they are read."""
     for node in graph.nodes:
         operands = list(node.operands)
-        if operators.is_random(node.op):
+        if operators.is_random(node.op, node.args):
             continue
         if len(node.outputs) != 1 or not operands or any(graph.weight_of(operand) is None for operand in operands):
             continue
@@ -201,7 +184,7 @@ def _share_equal(graph: Graph, log: RewriteLog) -> None:
     """Of nodes with the same op and arguments keep the first."""
     seen: dict[Any, Node] = {}
     for node in graph.nodes:
-        if operators.is_random(node.op):
+        if operators.is_random(node.op, node.args):
             continue
         key = node.op, tuple((name, _key(arg)) for name, arg in node.args.items())
         first = seen.setdefault(key, node)

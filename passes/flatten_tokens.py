@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from graphopt.dims import Size
 from graphopt.ir import Value
-from graphopt.passes.canonicalize import MergeReshapes
+from graphopt.passes.moves import MergeReshapes
 from graphopt.patterns import Hole, Ops, Pattern, TensorHole
 from graphopt.pipeline import RulePass
 from graphopt.rewrite import Build, Match, Rule, applies, require

@@ -15,14 +15,22 @@ when :mod:`graphopt.masks` proves what it says; otherwise it stays the ``bias`` 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
-from graphopt import masks
+import torch
+
+from graphopt import attentions, masks
 from graphopt.dims import Size
-from graphopt.ir import Value
-from graphopt.patterns import Hole, NumberHole, Ops, Pattern, TensorHole
-from graphopt.pipeline import RulePass
-from graphopt.rewrite import Build, Match, Rule, require
+from graphopt.ir import Graph, Value
+from graphopt.passes.einsum import ProductOfEinsum
+from graphopt.passes.moves import MOVES
+from graphopt.passes.rotary import ROTARY
+from graphopt.passes.spelled_attention import FuseSpelledAttention, combined
+from graphopt.patterns import Hole, Ops, TensorHole
+from graphopt.pipeline import Context, RulePass
+from graphopt.rewrite import Build, Match, Refused, RewriteLog, Rule, near_miss, require
 
 
 class FuseSdpa(Rule):
@@ -43,44 +51,6 @@ class FuseSdpa(Rule):
             scale = 1 / math.sqrt(int(dims["d"]))  # type: ignore[arg-type]
         causal = "upper_left" if args["is_causal"] else "none"
         result: Value = op.graphopt.attention(m.q, m.k, m.v, args["attn_mask"], scale=scale, causal=causal)
-        return result
-
-
-class FuseMatmulSoftmax(Rule):
-    """softmax(softcap(q @ k.T * scale) + bias) @ v  ->  attention(q, k, v, bias)"""
-
-    def pattern(
-        self,
-        op: Ops,
-        q: TensorHole,
-        k: TensorHole,
-        v: TensorHole,
-        bias: TensorHole,
-        q_scale: NumberHole,
-        k_scale: NumberHole,
-        scale: NumberHole,
-        divisor: NumberHole,
-        cap: NumberHole,
-    ) -> Any:
-        keys = op.transpose(op.mul(k, k_scale) | k, 2, 3)
-        s: Pattern = op.matmul(op.mul(q, q_scale) | q, keys)
-        s = op.mul(s, scale) | op.div(s, divisor) | s
-        s = op.mul(op.tanh(op.div(s, cap)), cap).tag(softcap=True) | s
-        s = op.add(s, bias) | s
-        w = op.softmax(s, 3, ...)
-        return op.matmul(op.to.dtype(w, ...) | w, v)
-
-    def rewrite(self, op: Build, m: Match) -> Value:
-        dims = m.dims(q="b h s d", k="b h t d", v="b h t e")
-        require(m.q.type.dtype == m.k.type.dtype == m.v.type.dtype, "mixed dtypes")
-        if m.bias is not None:
-            require(m.bias.type.dtype.is_floating_point, "what is added to the scores is not floating")
-        _require_no_widening(m.bias, dims)
-        require(m.divisor != 0, "the scores are divided by zero")
-        factors = [float(number) for number in (m.q_scale, m.k_scale, m.scale) if number is not None]
-        scale = math.prod(factors) / float(m.divisor if m.divisor is not None else 1)
-        softcap = float(m.cap) if m.softcap else 0.0
-        result: Value = op.graphopt.attention(m.q, m.k, m.v, m.bias, scale=scale, softcap=softcap)
         return result
 
 
@@ -125,77 +95,111 @@ class ProveMask(Rule):
         sequence = 1 if args["heads_last"] else 2
         batch, queries, keys = m.k.type.shape[0], m.q.type.shape[sequence], m.k.type.shape[sequence]
         assert m.node.graph is not None
-        proof = masks.prove(m.node.graph, m.bias, queries, keys)
+        proof, left = _prove_parts(op, m.node.graph, m.bias, queries, keys)
         if isinstance(proof, masks.Unproven):
             require(False, f"the mask %{m.bias.name} stays a bias: {proof.reason}")
         assert isinstance(proof, masks.Mask)
-        require(proof.causal == "none" or args["causal"] == "none", "it is causal twice")
-        require(max(args["window_left"], args["window_right"]) < 0, "it has a window already")
-        if max(proof.window_left, proof.window_right) >= 0:
-            counts_alike = args["causal"] != "lower_right" or queries == keys
+        changed = _Claim(op, proof, batch, keys).joined(args, queries == keys)
+        return _attention(op, m, bias=left, **changed)
+
+
+def _prove_parts(
+    op: Build, graph: Graph, mask: Value, queries: Size, keys: Size
+) -> tuple[masks.Mask | masks.Unproven, Value | None]:
+    """What is proven of a mask, and what is left of it: where the whole is not proven, its parts may be."""
+    whole = masks.prove(graph, mask, queries, keys)
+    if isinstance(whole, masks.Mask):
+        return whole, None
+    proof: masks.Mask | None = None
+    proven: list[Value] = []
+    added: list[Value] = []
+    shown: list[Value] = []
+    for part in _parts(op, mask):
+        found = masks.prove(graph, [*proven, part], queries, keys)
+        if isinstance(found, masks.Mask):
+            proof = found
+            proven.append(part)
+        else:
+            (shown if part.type.dtype == torch.bool else added).append(part)
+    return proof or whole, combined(op, added, shown)
+
+
+def _parts(op: Build, mask: Value) -> Iterator[Value]:
+    """What a mask is the sum or the conjunction of."""
+    node = mask.producer
+    name = "" if node is None else node.op.removeprefix("aten.")
+    args: Any = {} if node is None else node.args
+    sums = name == "add.Tensor" and args["alpha"] == 1
+    if (sums or name == "bitwise_and.Tensor") and isinstance(args["other"], Value):
+        yield from (part for key in ("self", "other") for part in _parts(op, args[key]))
+    elif name == "where.ScalarOther" and masks.hides(float(args["other"])):
+        yield args["condition"]
+        yield from _parts(op, args["self"])
+    elif name == "masked_fill.Scalar" and masks.hides(float(args["value"])):
+        yield op.reuse("bitwise_not.default", args["mask"])
+        yield from _parts(op, args["self"])
+    else:
+        yield mask
+
+
+class _Claim:
+    """A proven mask as arguments of ``attention``."""
+
+    def __init__(self, op: Build, proof: masks.Mask, batch: Size, keys: Size) -> None:
+        self.op, self.proof, self.shape = op, proof, (batch, keys)
+
+    def joined(self, args: Mapping[str, Any], square: bool) -> dict[str, Any]:
+        """The arguments that say what ``args`` and the proof say together. Refusal if none can."""
+        proof = self.proof
+        counts = proof.causal, proof.window_left, proof.window_right, proof.chunk, proof.prefix
+        if counts == ("none", -1, -1, 0, None):
+            changed: dict[str, Any] = {}
+        else:
+            require(proof.causal == "none" or args["causal"] == "none", "it is causal twice")
+            require(max(args["window_left"], args["window_right"]) < 0, "it has a window already")
+            require(args["prefix"] is None and not args["chunk"], "it has a prefix or chunks already")
+            alone = args["causal"] == "none"
+            require(proof.prefix is None or alone, "it is causal twice")
+            counts_alike = args["causal"] != "lower_right" or square
             require(counts_alike, "its window counts from the upper left, its causal part from the lower right")
-        key_mask = args["key_mask"]
-        if proof.key_mask is not None:
-            require(key_mask is None, "it has a key mask already")
-            shape = proof.key_mask.type.shape
-            require(shape == (batch, keys), f"the key mask %{proof.key_mask.name} is not [{batch}, {keys}]")
-            key_mask = _as_bool(op, proof.key_mask)
-        return _attention(
-            op, m, bias=None, key_mask=key_mask, window_left=proof.window_left, window_right=proof.window_right,
-            causal=args["causal"] if proof.causal == "none" else proof.causal,
-        )  # fmt: skip
+            changed = {
+                "causal": args["causal"] if proof.causal == "none" else proof.causal, "window_left": proof.window_left,
+                "window_right": proof.window_right, "chunk": proof.chunk, "prefix": self._prefix(),
+            }  # fmt: skip
+        if proof.segments is not None:
+            require(args["segments"] is None, "it has segments already")
+            changed["segments"] = self._row(proof.segments)
+        rows = [args["key_mask"]] * (args["key_mask"] is not None) + [self._truths(keys) for keys in proof.keys]
+        if rows:
+            changed["key_mask"] = reduce(lambda a, b: self.op.reuse("bitwise_and.Tensor", a, b), rows)
+        return changed
 
+    def _prefix(self) -> Value | None:
+        prefix = self.proof.prefix
+        if not isinstance(prefix, int):
+            return None if prefix is None else self._truths(prefix)
+        places = self.op.reuse("arange.start_step", 0, self.shape[1], dtype=torch.int64)
+        return self._row(self.op.reuse("lt.Scalar", places, prefix))
 
-def _as_bool(op: Build, value: Value) -> Value:
-    from torch import bool as boolean
+    def _truths(self, keys: masks.Keys) -> Value:
+        """A bool ``[B, T]`` of visible keys."""
+        row = self._row(keys.value)
+        if keys.where_zero:
+            return self.op.reuse("eq.Scalar", row, 0)
+        return row if row.type.dtype == torch.bool else self.op.reuse("to.dtype", row, torch.bool)
 
-    return value if value.type.dtype == boolean else op.reuse("to.dtype", value, boolean)
+    def _row(self, value: Value) -> Value:
+        """A tensor with an axis of keys and perhaps one of batches as ``[B, T]``."""
+        batch, keys = self.shape
+        shape = (batch if batch in value.type.shape[:-1] and batch != 1 else 1, keys)
+        row = value if value.type.shape == shape else self.op.reuse("reshape.default", value, shape)
+        return row if row.type.shape == self.shape else self.op.reuse("expand.default", row, self.shape)
 
 
 def _attention(op: Build, m: Match, **changed: Any) -> Value:
     """The matched attention with some arguments changed."""
     result: Value = op.graphopt.attention(**(m.node.args | changed))
     return result
-
-
-class FuseRotary(Rule):
-    """x * cos + cat([-x2, x1]) * sin  ->  rotary_embedding(x, cos, sin)"""
-
-    def pattern(self, op: Ops, x: TensorHole, cos: TensorHole, sin: TensorHole, half: NumberHole, end: Hole) -> Any:
-        turned = op.cat([op.neg(op.slice(x, 3, half, end)), op.slice(x, 3, 0, half)], 3)
-        cosine, sine = op.unsqueeze(cos, 1).shared(), op.unsqueeze(sin, 1).shared()
-        return op.add(op.mul(x, cosine), op.mul(turned, sine))
-
-    def rewrite(self, op: Build, m: Match) -> Value:
-        m.dims(x="b h s d")
-        require(m.x.type.dtype == m.cos.type.dtype == m.sin.type.dtype, "x, cos and sin differ in dtype")
-        width = m.x.type.shape[3]
-        require(m.end == width == 2 * m.half, "x is not turned by halves")
-        for name, angle in (("cos", m.cos), ("sin", m.sin)):
-            require(
-                len(angle.type.shape) == 3 and angle.type.shape[2] == width, f"{name} is not [batch, sequence, {width}]"
-            )
-            require(halves_are_equal(angle), f"the two halves of {name} (%{angle.name}) are not shown to be equal")
-        cos, sin = (op.reuse("slice.Tensor", angle, 2, 0, m.half) for angle in (m.cos, m.sin))
-        result: Value = op.graphopt.rotary_embedding(m.x, cos, sin)
-        return result
-
-
-#: Ops that keep equal halves equal, where all their tensors have them.
-_ELEMENTWISE = frozenset(
-    {"aten.cos.default", "aten.sin.default", "aten.mul.Tensor", "aten.to.dtype", "aten.neg.default"}
-)
-
-
-def halves_are_equal(value: Value) -> bool:
-    """Whether the two halves of the last axis are shown to be equal: ``cat([f, f])``, then element-wise ops."""
-    node, last = value.producer, len(value.type.shape) - 1
-    if node is None:
-        return False
-    if node.op == "aten.cat.default":
-        tensors = node.args["tensors"]
-        return node.args["dim"] == last and len(tensors) == 2 and tensors[0] is tensors[1]
-    return node.op in _ELEMENTWISE and all(halves_are_equal(operand) for operand in node.operands)
 
 
 class FuseAttention(RulePass):
@@ -210,6 +214,16 @@ class FuseAttention(RulePass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     provides: ClassVar[frozenset[str]] = frozenset({"attention"})
 
+    def run(self, graph: Graph, context: Context) -> RewriteLog:
+        log = super().run(graph, context)
+        for softmax in attentions.unfused(graph):
+            product = attentions.weighed(softmax)[0]
+            rule = FuseSdpa() if product is softmax else FuseSpelledAttention()
+            reason = near_miss(rule, product)
+            if reason is not None:  # what matched and was refused is in the log already
+                log.refusals.append(Refused(rule.name, product.where, reason))
+        return log
+
     def rules(self) -> list[Rule]:
-        rules: list[Rule] = [FuseSdpa(), FuseMatmulSoftmax(), FoldRepeatKv()]
-        return rules + [FuseRotary()] * self.rotary + [ProveMask()] * self.prove_masks
+        rules: list[Rule] = [ProductOfEinsum(), FuseSdpa(), FuseSpelledAttention(), *MOVES, FoldRepeatKv()]
+        return rules + [*ROTARY] * self.rotary + [ProveMask()] * self.prove_masks

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from graphopt.ir import Value
-from graphopt.passes.canonicalize import DropDoubleTranspose
+from graphopt.passes.moves import MergePermutations
 from graphopt.patterns import Ops, TensorHole
 from graphopt.pipeline import RulePass
 from graphopt.rewrite import Build, Match, Rule, applies
@@ -56,4 +56,4 @@ class HeadsLast(RulePass):
     requires: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def rules(self) -> list[Rule]:
-        return [TurnRotary(), TurnAttention(), DropDoubleTranspose()]
+        return [TurnRotary(), TurnAttention(), MergePermutations()]

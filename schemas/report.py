@@ -69,6 +69,28 @@ class PassReport(Schema):
         return sum(self.matches.values())
 
 
+class AttentionReport(Schema):
+    """One attention of a graph: sizes as the graph names them, its mask as proven. ``unproven``: why a
+    part of the mask stays a bias; ``refusal``: why the attention is not one op."""
+
+    name: str
+    where: str
+    heads: str = ""
+    kv_heads: str = ""
+    size: str = ""
+    value_size: str = ""
+    queries: str = ""
+    keys: str = ""
+    mask: str = ""
+    extras: list[str] = Field(default_factory=list)
+    unproven: str = ""
+    refusal: str = ""
+
+    @property
+    def fused(self) -> bool:
+        return not self.refusal
+
+
 class TacticReport(Schema):
     """The candidates for one op signature: milliseconds by name (None: refused or wrong, see ``notes``), the one taken."""
 
@@ -85,6 +107,7 @@ class BuildReport(Schema):
 
     trace: StageParity | None = None
     passes: list[PassReport] = Field(default_factory=list)
+    attentions: list[AttentionReport] = Field(default_factory=list)
     tactics: list[TacticReport] = Field(default_factory=list)
     engine: StageParity | None = None
     engine_ops: dict[str, int] = Field(default_factory=dict)

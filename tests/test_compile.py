@@ -16,11 +16,11 @@ import graphopt
 from graphopt.eager import eager
 from graphopt.errors import InputError, LoweringError, NoMatchError, ParityError, PipelineError
 from graphopt.ir import Graph, Value
-from graphopt.models import Source
 from graphopt.patterns import Ops, TensorHole
 from graphopt.pipeline import Pass, RulePass
 from graphopt.rewrite import Build, Match, Rule
 from graphopt.schemas.pipeline import Budget
+from graphopt.sources import Source
 from graphopt.testing import assert_parity
 from tests.tiny import tiny_bert, tiny_llama
 

@@ -17,9 +17,9 @@ from graphopt.compiler import make_proof
 from graphopt.eager import eager
 from graphopt.execution import run
 from graphopt.ir import Graph, Node
-from graphopt.models import Source, text_source
 from graphopt.pipeline import load_passes, run_passes
 from graphopt.schemas.report import PassReport
+from graphopt.sources import Source, transformers_source
 from graphopt.testing import assert_parity
 
 LAYERS = 2
@@ -105,8 +105,8 @@ class Optimized:
 @cache
 def optimized(name: str, attention: str) -> Optimized:
     """The model after every pass, each proven against eager."""
-    source = text_source(MODELS[name].make(attention), name=name)
-    graph = trace(source.module, source.inputs, source.axes, source.dims)
+    source = transformers_source(MODELS[name].make(attention), name=name)
+    graph = trace(source.module, source.inputs, source.axes, defaults=source.dims)
     proof = make_proof(source, graph)
     steps = load_passes([{"kind": kind, "allow_no_match": kind == "fuse_activation"} for kind in PASSES])
     return Optimized(source, graph, tuple(run_passes(graph, steps, proof=proof)))

@@ -12,7 +12,7 @@ import graphopt
 from benchmarks.assets import minilm, smollm2
 from benchmarks.demo import sts_b_spearman
 from graphopt.eager import eager
-from graphopt.models import Source
+from graphopt.sources import Source
 from graphopt.testing import assert_parity
 
 
@@ -64,7 +64,7 @@ def test_smollm2_says_paris() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(from_gguf(smollm2()))
     source = graphopt.load_model(str(smollm2()))
-    graph = graphopt.trace(source.module, source.inputs, source.axes, source.dims)
+    graph = graphopt.trace(source.module, source.inputs, source.axes, defaults=source.dims)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     from graphopt.execution import run
 

@@ -22,6 +22,8 @@ from graphopt.ir import Node, Value
 class Attention:
     """A ``graphopt.attention`` node, read."""
 
+    MASKS = ("key_mask", "kv_lengths", "segments", "prefix")
+
     def __init__(self, node: Node) -> None:
         self.node = node
         args = node.args
@@ -38,7 +40,10 @@ class Attention:
 
     @property
     def causal_is_upper_left(self) -> bool:
-        return bool(self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys))
+        """Whether a kernel's own causal mask says all that ``causal`` does."""
+        return self.node.args["prefix"] is None and bool(
+            self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys)
+        )
 
     def heads_last(self, e: Emitter, value: Value, heads: Any, size: Any) -> ir.Value:
         """q, k or v as ``[B, S, H*D]``."""
@@ -65,7 +70,7 @@ class Attention:
         args = self.node.args
         key = (
             "visible", self.queries, self.keys, args["causal"] if with_causal else "none", args["window_left"],
-            args["window_right"], *(args[name] and args[name].name for name in ("key_mask", "kv_lengths")),
+            args["window_right"], args["chunk"], *(args[name] and args[name].name for name in self.MASKS),
         )  # fmt: skip
         return e.once(key, lambda: self._visible(e, with_causal))
 
@@ -82,6 +87,18 @@ class Attention:
         if args["window_right"] >= 0:
             reach = e.constant(args["window_right"], torch.int64)
             parts.append(e.op("LessOrEqual", e.op("Sub", key(), query()), reach))
+        if args["prefix"] is not None and parts:
+            ahead = e.op("Unsqueeze", e.value(args["prefix"]), e.constant(np.array([1, 2], np.int64)))
+            parts = [e.op("Or", functools.reduce(lambda a, b: e.op("And", a, b), parts), ahead)]
+        if args["chunk"] > 0:
+            length = e.constant(args["chunk"], torch.int64)
+            parts.append(e.op("Equal", e.op("Div", key(), length), e.op("Div", query(), length)))
+        if args["segments"] is not None:
+            numbers = e.cast(e.value(args["segments"]), args["segments"].type.dtype, torch.int64)
+            columns, rows = (
+                e.op("Unsqueeze", numbers, e.constant(np.array(axes, np.int64))) for axes in ([1, 2], [1, 3])
+            )
+            parts.append(e.op("Equal", columns, rows))
         if args["key_mask"] is not None:
             parts.append(e.op("Unsqueeze", e.value(args["key_mask"]), e.constant(np.array([1, 2], np.int64))))
         if args["kv_lengths"] is not None:

@@ -25,9 +25,17 @@ from graphopt.runtime.engine import Engine, to_numpy, to_torch
 from graphopt.schemas.manifest import Manifest
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+STANDARD_KINDS = (
+    "decompose_complex",
+    "canonicalize",
+    "fuse_attention",
+    "fuse_norm",
+    "fuse_activation",
+    "heads_last",
+    "flatten_tokens",
+)
 STANDARD_PASSES: tuple[Mapping[str, Any], ...] = tuple(
-    {"kind": kind, "allow_no_match": kind != "canonicalize"}
-    for kind in ("canonicalize", "fuse_attention", "fuse_norm", "fuse_activation", "heads_last", "flatten_tokens")
+    {"kind": kind, "allow_no_match": True} for kind in STANDARD_KINDS
 )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from graphopt.backends.onnx.attention import STANDARD_FORMS
+from graphopt.backends.onnx.convolutions import CONVOLUTIONS
 from graphopt.backends.onnx.emitter import Dialect
 from graphopt.backends.onnx.lowerings import LOWERINGS
+from graphopt.backends.onnx.routing import ROUTING
 
 OPSET = 23
 
-STANDARD = Dialect("standard", {"": OPSET}, LOWERINGS, {"graphopt.attention": STANDARD_FORMS})
+STANDARD = Dialect("standard", {"": OPSET}, LOWERINGS | CONVOLUTIONS | ROUTING, {"graphopt.attention": STANDARD_FORMS})

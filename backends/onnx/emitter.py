@@ -42,6 +42,19 @@ Lowered: TypeAlias = "ir.Value | Reshaped | Sequence[ir.Value | Reshaped]"
 Lowering: TypeAlias = "Callable[[Emitter, Node], Lowered]"
 
 
+class Table(dict[str, Lowering]):
+    """Lowerings by op packet (``aten.add``)."""
+
+    def lowers(self, *packets: str) -> Callable[[Lowering], Lowering]:
+        """Register a lowering for op packets."""
+
+        def register(lowering: Lowering) -> Lowering:
+            self.update(dict.fromkeys(packets, lowering))
+            return lowering
+
+        return register
+
+
 class Unsupported(Exception):
     """A form that cannot express a node, and why. The emitter tries the next one."""
 
@@ -328,8 +341,9 @@ class Emitter:
         return self._typed(source, value.type)
 
     def _typed(self, value: ir.Value, type: TensorType, packed: bool = False) -> ir.Value:
-        value.type = ir.TensorType(DTYPES[type.dtype])
+        value.type = ir.TensorType(DTYPES[type.dtype.to_real() if type.dtype.is_complex else type.dtype])
         shape = [size if isinstance(size, int) else str(size) for size in type.shape]
+        shape += [2] * type.dtype.is_complex  # a complex number is a pair of reals, as torch.onnx has it
         value.shape = ir.Shape(["real tokens", *shape[1:]] if packed else shape)
         return value
 

@@ -7,6 +7,7 @@ arguments. Sizes in the arguments come in as the shapes of extra operands.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -26,7 +27,8 @@ def lower_by_export(e: Emitter, node: Node) -> Lowered:
     names = sorted({name for arg in node.args.values() for leaf in leaves(arg) for name in _names(leaf)})
     key = _key(node, operands)
     if key not in _exported:
-        _exported[key] = _export(node, operands, names, e.dialect.opsets[""])
+        smallest = {name: bounds.min for name, bounds in e.graph.dims.items()}
+        _exported[key] = _export(node, operands, names, smallest, e.dialect.opsets[""])
     carriers = [e.op("ConstantOfShape", e.size(Dim.named(name))) for name in names]
     return _inline(e, _exported[key], [*map(e.value, operands), *carriers])
 
@@ -63,9 +65,9 @@ class _Single(torch.nn.Module):
         return operators.call(self.node.op, {name: map_arg(arg, real) for name, arg in self.node.args.items()}, "cpu")
 
 
-def _export(node: Node, operands: list[Value], names: list[str], opset: int) -> ir.Model:
+def _export(node: Node, operands: list[Value], names: list[str], smallest: Mapping[str, int], opset: int) -> ir.Model:
     all_names = sorted(set(names).union(*(operand.type.names for operand in operands)))
-    env = {name: 5 + 2 * index for index, name in enumerate(all_names)}
+    env = {name: max(5, smallest[name]) + 2 * index for index, name in enumerate(all_names)}
     examples = [torch.zeros(o.type.concrete(env).shape, dtype=o.type.dtype) for o in operands]  # type: ignore[arg-type]
     examples += [torch.zeros(env[name]) for name in names]
     dims = {name: torch.export.Dim(name, min=2) for name in all_names}

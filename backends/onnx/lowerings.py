@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Reshaped, Unsupported
+from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Reshaped, Table, Unsupported
 from graphopt.dims import Dim
 from graphopt.ir import Node, Value
 
-LOWERINGS: dict[str, Lowering] = {}
-
-
-def lowers(*packets: str) -> Callable[[Lowering], Lowering]:
-    """Register a lowering for op packets."""
-
-    def register(lowering: Lowering) -> Lowering:
-        LOWERINGS.update(dict.fromkeys(packets, lowering))
-        return lowering
-
-    return register
+LOWERINGS = Table()
+lowers = LOWERINGS.lowers
 
 
 def _dtype(node: Node) -> torch.dtype:
@@ -52,6 +42,14 @@ def _binary(op_type: str) -> Lowering:
         return e.op(op_type, e.arg(node.args["self"], dtype), other)
 
     return lower
+
+
+@lowers("aten.rsub")
+def _rsub(e: Emitter, node: Node) -> Lowered:
+    own, other, alpha = (node.args[key] for key in ("self", "other", "alpha"))
+    if alpha != 1:
+        raise Unsupported("alpha")
+    return e.op("Sub", e.arg(other, _dtype(node)), e.arg(own, _dtype(node)))
 
 
 def _comparison(op_type: str, negate: bool = False) -> Lowering:
@@ -112,9 +110,22 @@ def _rsqrt(e: Emitter, node: Node) -> Lowered:
 
 @lowers("aten.div")
 def _div(e: Emitter, node: Node) -> Lowered:
-    if node.args.get("rounding_mode") is not None or not _dtype(node).is_floating_point:
+    mode = node.args.get("rounding_mode")
+    if mode == "floor" and not _dtype(node).is_floating_point:
+        return _floor_divide(e, node)
+    if mode is not None or not _dtype(node).is_floating_point:
         raise Unsupported("a division that rounds")
     return e.op("Div", e.arg(node.args["self"], _dtype(node)), e.arg(node.args["other"], _dtype(node)))
+
+
+@lowers("aten.floor_divide")
+def _floor_divide(e: Emitter, node: Node) -> Lowered:
+    """ONNX divides integers towards zero, and its remainder has the divisor's sign: what is left divides evenly."""
+    dtype = _dtype(node)
+    a, b = (e.arg(node.args[key], dtype) for key in ("self", "other"))
+    if dtype.is_floating_point:
+        return e.op("Floor", e.op("Div", a, b))
+    return e.op("Div", e.op("Sub", a, e.op("Mod", a, b)), b)
 
 
 @lowers("aten.pow")
@@ -151,6 +162,12 @@ def _expand(e: Emitter, node: Node) -> Lowered:
     return e.op("Expand", e.value(node.args["self"]), e.vector(node.output.type.shape))
 
 
+@lowers("aten.view_as_real", "aten.view_as_complex")
+def _pairs(e: Emitter, node: Node) -> Lowered:
+    """Complex numbers are pairs of reals already."""
+    return e.value(node.args["self"])
+
+
 @lowers("aten.transpose")
 def _transpose(e: Emitter, node: Node) -> Lowered:
     order = list(range(len(node.output.type.shape)))
@@ -183,10 +200,25 @@ def _cat(e: Emitter, node: Node) -> Lowered:
     return e.op("Concat", *parts, axis=node.args["dim"])
 
 
-@lowers("aten.split_with_sizes")
+@lowers("aten.stack")
+def _stack(e: Emitter, node: Node) -> Lowered:
+    axis = node.args["dim"]
+    new = e.constant(np.array([axis], np.int64))
+    parts = [e.op("Unsqueeze", e.arg(tensor, _dtype(node)), new) for tensor in node.args["tensors"]]
+    return e.op("Concat", *parts, axis=axis)
+
+
+@lowers("aten.split_with_sizes", "aten.split", "aten.chunk")
 def _split(e: Emitter, node: Node) -> Lowered:
-    sizes = e.vector(node.args["split_sizes"])
-    return e.op_several("Split", e.value(node.args["self"]), sizes, outputs=len(node.outputs), axis=node.args["dim"])
+    axis = node.args["dim"]
+    sizes = e.vector([value.type.shape[axis] for value in node.outputs])
+    return e.op_several("Split", e.value(node.args["self"]), sizes, outputs=len(node.outputs), axis=axis)
+
+
+@lowers("aten.unbind")
+def _unbind(e: Emitter, node: Node) -> Lowered:
+    source, axis = e.value(node.args["self"]), node.args["dim"]
+    return [e.op("Gather", source, e.scalar(index), axis=axis) for index in range(len(node.outputs))]
 
 
 @lowers("aten.full")
@@ -199,7 +231,7 @@ def _full(e: Emitter, node: Node) -> Lowered:
 def _arange(e: Emitter, node: Node) -> Lowered:
     parts = [node.args[key] for key in ("start", "end", "step")]
     if any(isinstance(part, float) for part in parts):
-        raise Unsupported("a range of real numbers")
+        return e.op("Range", *(e.arg(part, _dtype(node)) for part in parts))
     return e.cast(e.op("Range", *map(e.scalar, parts)), torch.int64, _dtype(node))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from graphopt.backends.onnx.emitter import DTYPES, Emitter
 from graphopt.ir import Weight
 
 ALIGNMENT = 4096  # so that a reader can map the file into memory
+INLINE = 1024  # bytes; readers infer shapes from small tensors, and do not look into the file for it
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -27,15 +28,17 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 def write_external(
     emitter: Emitter, folder: Path, name: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> str:
-    """Write every weight into ``folder/name`` and let the model refer to it. Holds one weight at a time.
+    """Write every weight but the smallest into ``folder/name`` and let the model refer to it. Holds one weight at a time.
 
     Returns the file's sha256."""
     initializers = emitter.model.graph.initializers
-    total = sum(weight.nbytes for weight in emitter.weights.values())
+    large = {key: weight for key, weight in emitter.weights.items() if weight.nbytes > INLINE}
+    embed(emitter, emitter.weights.keys() - large.keys())
+    total = sum(weight.nbytes for weight in large.values())
     file_digest = hashlib.sha256()
     offset = 0
     with (folder / name).open("wb", buffering=0) as file:
-        for key, weight in emitter.weights.items():
+        for key, weight in large.items():
             gap = -offset % ALIGNMENT
             data = raw_bytes(weight.load())
             for part in (memoryview(bytes(gap)), data):
@@ -57,11 +60,10 @@ def _write_all(file: RawIOBase, data: memoryview) -> None:
         data = data[file.write(data) or 0 :]
 
 
-def embed(emitter: Emitter) -> None:
-    """Put every weight into the model itself. For models of one op or a few."""
-    for key, weight in emitter.weights.items():
-        initializer = emitter.model.graph.initializers[key]
-        initializer.const_value = _tensor(key, weight)
+def embed(emitter: Emitter, names: Collection[str] | None = None) -> None:
+    """Put these weights, or all, into the model itself."""
+    for key in emitter.weights if names is None else names:
+        emitter.model.graph.initializers[key].const_value = _tensor(key, emitter.weights[key])
 
 
 def _tensor(name: str, weight: Weight) -> ir.TensorProtocol:

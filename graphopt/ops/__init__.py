@@ -34,8 +34,8 @@ def _op(
 
 @_op(
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? key_mask=None, Tensor? kv_lengths=None, "
-    "Tensor? sinks=None, *, float scale, str causal='none', int window_left=-1, int window_right=-1, "
-    "float softcap=0.0, bool heads_last=False) -> Tensor",
+    "Tensor? sinks=None, Tensor? segments=None, Tensor? prefix=None, *, float scale, str causal='none', "
+    "int window_left=-1, int window_right=-1, int chunk=0, float softcap=0.0, bool heads_last=False) -> Tensor",
     shapes=lambda args: (_attention_shape(**{name: args[name] for name in ("q", "k", "v", "causal", "heads_last")}),),
 )
 def attention(
@@ -46,11 +46,14 @@ def attention(
     key_mask: Tensor | None = None,
     kv_lengths: Tensor | None = None,
     sinks: Tensor | None = None,
+    segments: Tensor | None = None,
+    prefix: Tensor | None = None,
     *,
     scale: float,
     causal: str = "none",
     window_left: int = -1,
     window_right: int = -1,
+    chunk: int = 0,
     softcap: float = 0.0,
     heads_last: bool = False,
 ) -> Tensor:
@@ -65,6 +68,9 @@ def attention(
     - ``causal``: ``none``; ``upper_left``: query i stands at position i; ``lower_right``: at ``i + T - S``. Keys after
       the query's position are invisible in the two latter.
     - ``window_left``, ``window_right``: visible keys before and after the query's position, itself not counted; -1: all.
+    - ``chunk`` c > 0: only keys of the query's own chunk of c positions are visible (Llama 4).
+    - ``prefix`` bool ``[B, T]``: keys that ``causal`` and the windows do not hide (prefix language models).
+    - ``segments`` ``[B, T]`` of any dtype, S equal to T: a query sees keys of its own number only (packed sequences).
     - ``softcap`` c > 0: ``c * tanh(score / c)`` (Gemma 2).
     - ``heads_last``: q, k, v and the result have the sequence before the heads, ``[B, S, H, D]``.
 
@@ -79,7 +85,9 @@ def attention(
     scores = torch.matmul(q, k.transpose(-2, -1)) * scale
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    visible = _visible(k.shape[2], queries, q.device, key_mask, kv_lengths, causal, window_left, window_right)
+    visible = visible_keys(
+        k.shape[2], queries, q.device, key_mask, kv_lengths, segments, prefix, causal, window_left, window_right, chunk
+    )
     if bias is not None and bias.dtype == torch.bool:
         visible = bias if visible is None else visible & bias
     elif bias is not None:
@@ -145,15 +153,18 @@ def _rotary_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return (x.new_empty(x.shape),)
 
 
-def _visible(
+def visible_keys(
     keys: int,
     queries: int,
     device: torch.device,
-    key_mask: Tensor | None,
-    kv_lengths: Tensor | None,
-    causal: str,
-    window_left: int,
-    window_right: int,
+    key_mask: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    segments: Tensor | None = None,
+    prefix: Tensor | None = None,
+    causal: str = "none",
+    window_left: int = -1,
+    window_right: int = -1,
+    chunk: int = 0,
 ) -> Tensor | None:
     """Which keys each query may see, bool, broadcasting to ``[B, H, S, T]``; None for all."""
     _check_causal(causal)
@@ -168,12 +179,20 @@ def _visible(
         conditions.append(query - key <= window_left)
     if window_right >= 0:
         conditions.append(key - query <= window_right)
+    if prefix is not None and conditions:
+        conditions = [_all(conditions) | prefix[:, None, None, :]]
+    if chunk > 0:
+        conditions.append(key // chunk == query // chunk)
+    if segments is not None:
+        conditions.append(segments[:, None, :, None] == segments[:, None, None, :])
     if key_mask is not None:
         conditions.append(key_mask[:, None, None, :])
     if kv_lengths is not None:
         conditions.append(key < kv_lengths[:, None, None, None])
-    if not conditions:
-        return None
+    return _all(conditions) if conditions else None
+
+
+def _all(conditions: list[Tensor]) -> Tensor:
     visible = conditions[0]
     for condition in conditions[1:]:
         visible = visible & condition

@@ -1,0 +1,467 @@
+"""Read the elements of a mask: the sub-graph that computes it, as one expression of batch, head, query and key position.
+
+What cannot be read is an :class:`~graphopt.conditions.Element`, a number of which nothing is known but where it stands."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from graphopt.conditions import (
+    CONDITIONS,
+    Condition,
+    Const,
+    Distance,
+    Element,
+    Expr,
+    Int,
+    NonZero,
+    Not,
+    Real,
+    Token,
+    Where,
+    as_condition,
+    as_integer,
+    at_most_zero,
+    conjunction,
+    disjunction,
+    negation,
+    positions,
+    relation,
+    within,
+)
+from graphopt.dims import Dim, Size, floordiv
+from graphopt.ir import Graph, Node, Value, Weight
+
+
+class Unreadable(Exception):
+    """What the analysis cannot read, and where."""
+
+
+class Reader:
+    """Elements of values as expressions of an index.
+
+    ``by_key``: for each expression that depends on batch and key alone, a tensor that holds it. ``reasons``: what could not
+    be read."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.by_key: dict[Expr, Element] = {}
+        self.reasons: list[str] = []
+        self._read: dict[tuple[Value, tuple[Size, ...]], Expr] = {}
+        self._tables: dict[str, tuple[Size, Size, Expr, Expr] | None] = {}
+
+    def read(self, value: Value, index: tuple[Size, ...]) -> Expr:
+        """The element of ``value`` at ``index``."""
+        key = value, index
+        if key not in self._read:
+            self._read[key] = expr = self._element(value, index)
+            where = frozenset().union(*map(positions, index))
+            if "@k" in where and where <= {"@b", "@k"}:
+                self.by_key.setdefault(as_integer(expr), Element(value, index))
+        return self._read[key]
+
+    def _element(self, value: Value, index: tuple[Size, ...]) -> Expr:
+        node = value.producer
+        if node is None:
+            return self._weight(value, index)
+        reader = _READERS.get(node.op.split(".")[1]) if node.op.startswith("aten.") else None
+        if reader is None:
+            return Element(value, index)
+        try:
+            return reader(self, node, index)
+        except Unreadable as reason:
+            self.reasons.append(str(reason))
+            return Element(value, index)
+
+    def _weight(self, value: Value, index: tuple[Size, ...]) -> Expr:
+        """A number, an input's element, or one of a table that says which keys each query may see."""
+        weight = self.graph.weight_of(value)
+        if weight is None:
+            return Element(value, index)
+        if not value.type.shape:
+            return _literal(weight.load().item())
+        if value.name not in self._tables:
+            self._tables[value.name] = _band(value, weight)
+        band = self._tables[value.name]
+        if band is None:
+            return Element(value, index)
+        above, below, inside, outside = band
+        row, column = index[-2:]
+        ends = ((column - row, above, value.type.shape[-1]), (row - column, below, value.type.shape[-2]))
+        near = conjunction(*(at_most_zero(far - end) for far, end, size in ends if end != size - 1))
+        return _where(near, inside, outside)
+
+    def arg(self, arg: Any, index: tuple[Size, ...], rank: int) -> Expr:
+        """An operand of an element-wise op, broadcast; or a constant."""
+        if not isinstance(arg, Value):
+            return _literal(arg)
+        shape = arg.type.shape
+        kept = index[rank - len(shape) :]
+        return self.read(arg, tuple(0 if size == 1 else i for size, i in zip(shape, kept, strict=True)))
+
+
+LARGEST_TABLE = 1 << 24  # elements; a table of 4096 positions
+
+
+def _band(value: Value, weight: Weight) -> tuple[Size, Size, Expr, Expr] | None:
+    """A constant ``[..., N, M]`` with one number where ``-below <= column - row <= above`` and another elsewhere."""
+    shape = value.type.shape
+    if len(shape) < 2 or any(size != 1 for size in shape[:-2]) or weight.nbytes > 8 * LARGEST_TABLE or 1 in shape[-2:]:
+        return None
+    table = weight.load().reshape(shape[-2:])  # type: ignore[arg-type]
+    middle = table[0, 0].item()
+    same = table == middle
+    numbers = torch.unique(table[~same])
+    if len(numbers) != 1:
+        return None
+    offsets = torch.arange(table.shape[1]) - torch.arange(table.shape[0])[:, None]
+    above, below = int(offsets[same].max()), int((-offsets)[same].max())
+    if not torch.equal(same, (offsets <= above) & (-offsets <= below)):
+        return None
+    exact = table.dtype
+    kind: Callable[[Any], Expr] = Const if exact == torch.bool else Real if exact.is_floating_point else Int
+    return above, below, kind(middle), kind(numbers[0].item())
+
+
+def _literal(number: Any) -> Expr:
+    if isinstance(number, bool):
+        return Const(number)
+    return Int(number) if isinstance(number, (int, Dim)) else Real(float(number))
+
+
+#: Integers that hold every position and every difference of two; the others wrap.
+EXACT = frozenset({torch.bool, torch.int32, torch.int64})
+
+
+def _require_exact(dtype: torch.dtype, node: Node) -> None:
+    if not (dtype in EXACT or dtype.is_floating_point):
+        raise Unreadable(f"integers of a dtype that may wrap in {node.where}")
+
+
+Read: TypeAlias = "Callable[[Reader, Node, tuple[Size, ...]], Expr]"
+
+
+def _elementwise(fn: Callable[..., Expr]) -> Read:
+    """A reader for an op that works element by element on its operands in schema order."""
+
+    def read(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+        if node.args.get("alpha", 1) != 1:
+            raise Unreadable(f"alpha is not 1 in {node.where}")
+        for value in (*node.operands, *node.outputs):
+            _require_exact(value.type.dtype, node)
+        operands = [arg for name, arg in node.args.items() if name != "alpha"]
+        return fn(*(as_integer(reader.arg(arg, index, len(index))) for arg in operands))
+
+    return read
+
+
+def _moved(place: Callable[[Node, tuple[Size, ...]], tuple[Size, ...]]) -> Read:
+    """A reader for an op that only moves elements: the same element at another index."""
+    return lambda reader, node, index: reader.read(node.args["self"], place(node, index))
+
+
+def _unsqueezed(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
+    axis = node.args["dim"]
+    return index[:axis] + index[axis + 1 :]
+
+
+def _expanded(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
+    shape = node.args["self"].type.shape
+    return tuple(0 if size == 1 else i for size, i in zip(shape, index[len(index) - len(shape) :], strict=True))
+
+
+def _transposed(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
+    swapped = list(index)
+    a, b = node.args["dim0"], node.args["dim1"]
+    swapped[a], swapped[b] = swapped[b], swapped[a]
+    return tuple(swapped)
+
+
+def _permuted(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
+    source: list[Size] = [0] * len(index)
+    for axis, size in zip(node.args["dims"], index, strict=True):
+        source[axis] = size
+    return tuple(source)
+
+
+def _sliced(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
+    axis, start = node.args["dim"], node.args["start"]
+    if isinstance(start, int) and start < 0:
+        raise Unreadable(f"a negative start in {node.where}")
+    return (*index[:axis], (start or 0) + index[axis] * node.args["step"], *index[axis + 1 :])
+
+
+def _selected(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
+    axis, position = node.args["dim"], node.args["index"]
+    if isinstance(position, int) and position < 0:
+        position = node.args["self"].type.shape[axis] + position
+    return (*index[:axis], position, *index[axis:])
+
+
+def _reshaped(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
+    """A reshape that only adds or removes axes of size 1."""
+    old, new = node.args["self"].type.shape, node.outputs[0].type.shape
+    kept = [i for i, size in zip(index, new, strict=True) if size != 1]
+    if [size for size in old if size != 1] != [size for size in new if size != 1]:
+        raise Unreadable(f"a reshape that regroups elements in {node.where}")
+    return tuple(0 if size == 1 else kept.pop(0) for size in old)
+
+
+def _arange(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+    _require_exact(node.outputs[0].type.dtype, node)
+    start, step = node.args.get("start", 0), node.args.get("step", 1)
+    if isinstance(start, float) or isinstance(step, float) or node.outputs[0].type.dtype.is_floating_point:
+        raise Unreadable(f"a range of real numbers in {node.where}")
+    return Int(start + index[0] * step)
+
+
+def _full(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+    number = node.args["fill_value"]
+    if isinstance(number, Value):
+        return reader.arg(number, (), 0)
+    dtype = node.outputs[0].type.dtype
+    return _converted(_literal(number), dtype, node)
+
+
+def _cast(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+    expr, dtype = reader.read(node.args["self"], index), node.args["dtype"]
+    if isinstance(expr, Element) and torch.bool not in (expr.value.type.dtype, dtype):
+        same = not expr.value.type.dtype.is_floating_point and (dtype.is_floating_point or dtype == torch.int64)
+        return expr if same else Element(node.outputs[0], index)
+    return _converted(expr, dtype, node)
+
+
+def _converted(expr: Expr, dtype: torch.dtype, node: Node) -> Expr:
+    """The expression in another dtype, where that is exact or rounds as torch does."""
+    if dtype == torch.bool:
+        return as_condition(expr)
+    if isinstance(expr, (Element, *CONDITIONS)):
+        one, zero = (Real(1.0), Real(0.0)) if dtype.is_floating_point else (Int(1), Int(0))
+        return _where(expr, one, zero)
+    if isinstance(expr, Where):
+        return Where(expr.condition, _converted(expr.then, dtype, node), _converted(expr.otherwise, dtype, node))
+    if isinstance(expr, Int) and dtype in (torch.int64, torch.int32):
+        return expr
+    number = number_of(expr)
+    if number is None:
+        if dtype in (torch.float32, torch.float64):
+            return expr  # positions are far below 2 ** 24, up to which float32 is exact
+        raise Unreadable(f"positions in a dtype that may not hold them in {node.where}")
+    if not dtype.is_floating_point and not math.isfinite(number):
+        raise Unreadable(f"infinity as an integer in {node.where}")
+    converted = torch.tensor(number, dtype=torch.float64).to(dtype).item()
+    return Real(float(converted)) if dtype.is_floating_point else Int(int(converted))
+
+
+def _indexed(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+    """``x[i, j, ...]`` with an index tensor for each of the first axes."""
+    source, indices = node.args["self"], node.args["indices"]
+    if any(position is None for position in indices):
+        raise Unreadable(f"an index that skips axes in {node.where}")
+    rest = len(source.type.shape) - len(indices)
+    width = len(index) - rest
+    places: list[Size] = []
+    for position in indices:
+        expr = reader.arg(position, index[:width], width)
+        if not isinstance(expr, Int) or not _is_natural(expr.size):
+            raise Unreadable(f"an index that is not a position in {node.where}")
+        places.append(expr.size)
+    return reader.read(source, (*places, *index[width:]))
+
+
+def _repeated(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Axes of one element, or repeated once."""
+    shape = node.args["self"].type.shape
+    kept = index[len(index) - len(shape) :]
+    repeats = node.args["repeats"][len(index) - len(shape) :]
+    if any(size != 1 and times != 1 for size, times in zip(shape, repeats, strict=True)):
+        raise Unreadable(f"a repetition of several elements in {node.where}")
+    return tuple(0 if size == 1 else i for size, i in zip(shape, kept, strict=True))
+
+
+def _difference(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+    """``x[i] - x[i - 1]``, and ``x[0] - prepend``."""
+    source, first, axis = node.args["self"], node.args["prepend"], node.args["dim"]
+    if node.args["n"] != 1 or node.args["append"] is not None or first is None or first.type.shape[axis] != 1:
+        raise Unreadable(f"differences of other than neighbours in {node.where}")
+
+    def at(value: Value, position: Size) -> Expr:
+        return as_integer(reader.read(value, (*index[:axis], position, *index[axis + 1 :])))
+
+    minus = _arithmetic(operator.sub)
+    inner = minus(at(source, index[axis]), at(source, index[axis] - 1))
+    return _where(relation("eq", index[axis]), minus(at(source, 0), at(first, 0)), inner)
+
+
+def _running_sum(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+    """A sum of nothing but zeros is zero."""
+    summand = reader.read(node.args["self"], index)
+    if summand in (Const(False), Int(0)) and not node.outputs[0].type.dtype.is_floating_point:
+        return Int(0)
+    return Element(node.outputs[0], index)
+
+
+def _absolute(expr: Expr) -> Expr:
+    if isinstance(expr, Int):
+        return Distance(expr.size)
+    number = number_of(expr)
+    if number is None:
+        raise Unreadable("the absolute value of what is no position")
+    return Real(abs(number))
+
+
+def _floor_divide(a: Expr, b: Expr) -> Expr:
+    if isinstance(a, Int) and isinstance(b, Int) and isinstance(b.size, int) and b.size > 0:
+        return Int(floordiv(a.size, b.size))
+    raise Unreadable("a division of what are no positions")
+
+
+def _division(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+    if node.args.get("rounding_mode") != "floor":
+        raise Unreadable(f"a division in {node.where}")
+    operands = (as_integer(reader.arg(node.args[name], index, len(index))) for name in ("self", "other"))
+    return _floor_divide(*operands)
+
+
+def _triangle(keep: Callable[[Size, Size, Size], Condition]) -> Read:
+    def read(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+        inner = reader.read(node.args["self"], index)
+        condition = keep(index[-2], index[-1], node.args["diagonal"])
+        if isinstance(inner, CONDITIONS):
+            return conjunction(condition, inner)
+        return Where(condition, inner, Int(0) if isinstance(inner, Int) else Real(0.0))
+
+    return read
+
+
+def _compare(name: str) -> Read:
+    def compare(a: Expr, b: Expr) -> Expr:
+        if isinstance(a, Where) or isinstance(b, Where):
+            return _lift(compare, a, b)
+        if isinstance(a, Int) and isinstance(b, Int):
+            return relation(name, a.size - b.size)
+        if isinstance(a, Distance) and isinstance(b, Int) and name in ("le", "lt", "ge", "gt"):
+            near = within(a, b.size if name in ("le", "gt") else b.size - 1)
+            return near if name in ("le", "lt") else negation(near)
+        if isinstance(a, Element) and b in (Int(0), Real(0.0), Const(False)) and name in ("ne", "eq"):
+            return NonZero(a) if name == "ne" else Not(NonZero(a))
+        if isinstance(a, CONDITIONS) and isinstance(b, CONDITIONS) and name in ("ne", "eq"):
+            same = disjunction(conjunction(a, b), conjunction(negation(a), negation(b)))
+            return same if name == "eq" else negation(same)
+        numbers = [x.number if isinstance(x, Real) else x.size for x in (a, b) if isinstance(x, (Real, Int))]
+        if len(numbers) == 2 and not any(isinstance(number, Dim) for number in numbers):
+            return Const(bool(getattr(operator, name)(*numbers)))
+        raise Unreadable(f"a comparison ({name}) of values that are not positions")
+
+    return _elementwise(compare)
+
+
+def _arithmetic(fn: Callable[[Any, Any], Any]) -> Callable[[Expr, Expr], Expr]:
+    def combine(a: Expr, b: Expr) -> Expr:
+        if isinstance(a, Where) or isinstance(b, Where):
+            return _lift(combine, a, b)
+        if isinstance(a, Int) and isinstance(b, Int):
+            return Int(fn(a.size, b.size))
+        numbers = [number_of(x) for x in (a, b)]
+        if None in numbers:
+            raise Unreadable("arithmetic on values that are not positions or constants")
+        result = float(fn(*numbers))
+        if math.isnan(result):
+            raise Unreadable("arithmetic that gives NaN")
+        return Real(result)
+
+    return combine
+
+
+def number_of(expr: Expr) -> float | None:
+    """The constant that an expression is, if it is one."""
+    if isinstance(expr, Real):
+        return expr.number
+    return float(expr.size) if isinstance(expr, Int) and isinstance(expr.size, int) else None
+
+
+def _lift(fn: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr:
+    if isinstance(a, Where):
+        return _where(a.condition, fn(a.then, b), fn(a.otherwise, b))
+    assert isinstance(b, Where)
+    return _where(b.condition, fn(a, b.then), fn(a, b.otherwise))
+
+
+def _where(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    truth = as_condition(condition)
+    if isinstance(truth, Const):
+        return then if truth.truth else otherwise
+    if then == otherwise:
+        return then
+    if isinstance(then, CONDITIONS) and isinstance(otherwise, CONDITIONS):
+        return disjunction(conjunction(truth, then), conjunction(negation(truth), otherwise))
+    return Where(truth, then, otherwise)
+
+
+def _multiply(a: Expr, b: Expr) -> Expr:
+    if isinstance(a, CONDITIONS) and isinstance(b, CONDITIONS):
+        return conjunction(a, b)
+    return _arithmetic(operator.mul)(a, b)
+
+
+def _masked_fill(source: Expr, mask: Expr, value: Expr) -> Expr:
+    return _where(mask, value, source)
+
+
+def _of_truths(read: Read) -> Read:
+    """A bitwise op, which is a logical one on booleans only."""
+
+    def truths(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
+        if node.outputs[0].type.dtype != torch.bool:
+            raise Unreadable(f"a bitwise op on integers in {node.where}")
+        return read(reader, node, index)
+
+    return truths
+
+
+_READERS: Mapping[str, Read] = {
+    "arange": _arange,
+    "full": _full,
+    "to": _cast,
+    "unsqueeze": _moved(_unsqueezed),
+    "expand": _moved(_expanded),
+    "transpose": _moved(_transposed),
+    "permute": _moved(_permuted),
+    "slice": _moved(_sliced),
+    "select": _moved(_selected),
+    "reshape": _moved(_reshaped),
+    "index": _indexed,
+    "tril": _triangle(lambda row, column, diagonal: at_most_zero(column - row - diagonal)),
+    "triu": _triangle(lambda row, column, diagonal: at_most_zero(row + diagonal - column)),
+    **{name: _compare(name) for name in ("le", "lt", "ge", "gt", "eq", "ne")},
+    "logical_and": (_and := _elementwise(lambda a, b: conjunction(*map(as_condition, (a, b))))),
+    "logical_or": (_or := _elementwise(lambda a, b: disjunction(*map(as_condition, (a, b))))),
+    "logical_not": (_not := _elementwise(lambda a: negation(as_condition(a)))),
+    "bitwise_and": _of_truths(_and),
+    "bitwise_or": _of_truths(_or),
+    "bitwise_not": _of_truths(_not),
+    "repeat": _moved(_repeated),
+    "diff": _difference,
+    "cumsum": _running_sum,
+    "abs": _elementwise(_absolute),
+    "floor_divide": _elementwise(_floor_divide),
+    "div": _division,
+    "add": _elementwise(_arithmetic(operator.add)),
+    "sub": _elementwise(_arithmetic(operator.sub)),
+    "rsub": _elementwise(lambda a, b: _arithmetic(operator.sub)(b, a)),
+    "mul": _elementwise(_multiply),
+    "where": _elementwise(_where),
+    "masked_fill": _elementwise(_masked_fill),
+}
+
+
+def _is_natural(size: Size) -> bool:
+    """Whether a polynomial has no negative term and no unknown: with names >= 0 it is then >= 0."""
+    if isinstance(size, int):
+        return size >= 0
+    return not any(isinstance(name, Token) for name in size.names) and all(number >= 0 for _, number in size.terms)
