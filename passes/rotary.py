@@ -112,16 +112,16 @@ def _angle(op: Build, name: str, angle: Value, batch: Size, sequence: Size, head
 def _pair(op: Build, a: Value, b: Value) -> tuple[Value, Pairing] | None:
     """The tensor whose pairs of features are ``(a, b)``, and how they lie in it."""
     first, second = a.producer, b.producer
-    if first is None or second is None or first.op != second.op:
+    if first is None or second is None or first.op != second.op or "self" not in first.args:
         return None
-    source = first.args.get("self")
-    if not isinstance(source, Value) or second.args.get("self") is not source:
+    source: Value = first.args["self"]
+    if second.args["self"] is not source:
         return None
     last, width = len(source.type.shape) - 1, source.type.shape[-1]
     if first.op == "aten.slice.Tensor":
         places = tuple((n.args["dim"], n.args["start"], n.args["end"], n.args["step"]) for n in (first, second))
         return _sliced(source, places, last, width)
-    if first is second and first.args.get("dim") == last and len(first.outputs) == 2 and first.outputs == (a, b):
+    if first is second and first.args.get("dim") == last and first.outputs == (a, b):
         return (source, "halves") if a.type == b.type else None
     if first.op == "aten.select.int" and (first.args["dim"], second.args["dim"]) == (last, last):
         if (first.args["index"], second.args["index"]) != (0, 1) or width != 2:
