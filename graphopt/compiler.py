@@ -147,7 +147,7 @@ def _compile(
             _refuse_chance(graph)
         with build.part("probe"):
             proof = make_proof(build.source, graph)
-        traced = _check_trace(build, graph, proof)
+        traced, traced_ops = _check_trace(build, graph, proof), graph.op_counts()
         with build.part("passes"):
             reports = run_passes(
                 graph, build.steps, context=Context(build.backend.stopwatch(graph)), proof=proof,
@@ -157,7 +157,7 @@ def _compile(
             built = build.backend.build(graph, folder, build.progress)
         (folder / artifact.GRAPH).write_text(graph.text(origins=True))
         models.copy_tokenizer(build.source, folder)
-        manifest = _manifest(build, graph, built, reports, traced)
+        manifest = _manifest(build, graph, built, reports, traced, traced_ops)
         with build.part("engine"):
             engine = type(build.backend).load(folder, manifest)
             checked = _check_engine(build, graph, engine, proof)
@@ -232,12 +232,19 @@ def first_engine_difference(backend: Backend, graph: Graph, proof: Proof) -> Any
     return next((difference for difference in found if difference is not None), None)
 
 
-def _manifest(build: _Build, graph: Graph, built: Built, reports: list[PassReport], traced: StageParity) -> Manifest:
+def _manifest(
+    build: _Build,
+    graph: Graph,
+    built: Built,
+    reports: list[PassReport],
+    traced: StageParity,
+    traced_ops: dict[str, int],
+) -> Manifest:
     packages = {name: version(name) for name in ("torch", "transformers")} | type(build.backend).versions()
     refusals = [refusal for step in reports for refusal in step.refusals]
     report = BuildReport(
-        trace=traced, passes=reports, attentions=attentions.table(graph, refusals), tactics=built.tactics,
-        engine_ops=built.ops, warnings=built.warnings,
+        trace=traced, traced_ops=traced_ops, final_ops=graph.op_counts(), passes=reports,
+        attentions=attentions.table(graph, refusals), tactics=built.tactics, engine_ops=built.ops, warnings=built.warnings,
     )  # fmt: skip
     return Manifest(
         graphopt=version("graphopt"),

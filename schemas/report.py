@@ -103,9 +103,12 @@ class TacticReport(Schema):
 
 
 class BuildReport(Schema):
-    """One build: stages in order, tactics, the engine's own parity, seconds of each part."""
+    """One build: stages in order, the graph's op counts before and after them, tactics, the engine's own op counts and
+    parity, seconds of each part."""
 
     trace: StageParity | None = None
+    traced_ops: dict[str, int] = Field(default_factory=dict)
+    final_ops: dict[str, int] = Field(default_factory=dict)
     passes: list[PassReport] = Field(default_factory=list)
     attentions: list[AttentionReport] = Field(default_factory=list)
     tactics: list[TacticReport] = Field(default_factory=list)
