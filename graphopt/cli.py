@@ -60,11 +60,21 @@ def inspect(
     text: Annotated[bool, typer.Option("--text", help="The graph in its text form.")] = False,
     origins: Annotated[bool, typer.Option(help="With --text: where each node came from.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Every weight with its type and bytes.")] = False,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Every attention: heads, sizes, mask as proven, or why it is not fused.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a graph: inputs, outputs, dims, op counts; its text, its weights, or its difference from another."""
+    """Show a graph: inputs, outputs, dims, op counts; its text, weights, attentions, or its difference from another."""
     from graphopt.pipeline import diff_text
 
+    if attention:
+        rows = show.read_attentions(what)
+        if as_json:
+            print_json([row.model_dump(mode="json") for row in rows])
+        else:
+            out.print(show.attention_table(rows))
+        return
     graph = show.read_graph(what)
     if other is not None:
         difference = diff_text(graph.text(), show.read_graph(other).text())

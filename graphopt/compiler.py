@@ -143,7 +143,7 @@ def _compile(
     with artifact.staged(out) as folder, paused_collector():
         with build.part("trace"):
             source = build.source
-            graph = trace(source.module, source.inputs, source.axes, dims, source.dims)
+            graph = trace(source.module, source.inputs, source.axes, dims, source.dims, source.truths)
             _refuse_chance(graph)
         with build.part("probe"):
             proof = make_proof(build.source, graph)

@@ -186,12 +186,13 @@ _GAP = 1 << 20  # room between the positions of neighbours
 
 @dataclass(eq=False)
 class Graph:
-    """Inputs, nodes in order, named outputs; weights and dims by name."""
+    """Inputs, nodes in order, named outputs; weights and dims by name. ``truths``: inputs that hold zeros and ones only."""
 
     dims: dict[str, DimRange] = field(default_factory=dict)
     inputs: dict[str, Value] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
+    truths: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._values: dict[str, Value] = {}
@@ -367,7 +368,7 @@ class Graph:
         """A graph of its own that shares the weights."""
         from graphopt.execution import copy_into
 
-        other = Graph(dims=dict(self.dims))
+        other = Graph(dims=dict(self.dims), truths=set(self.truths))
         mapping: dict[Value, Value] = {}
         for name, value in self.inputs.items():
             mapping[value] = other.add_input(name, value.type)

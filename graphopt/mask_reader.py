@@ -82,7 +82,9 @@ class Reader:
         """A number, an input's element, or one of a table that says which keys each query may see."""
         weight = self.graph.weight_of(value)
         if weight is None:
-            return Element(value, index)
+            element = Element(value, index)
+            is_truth = value.name in self.graph.truths and value.type.dtype != torch.bool
+            return _as_number(NonZero(element), value.type.dtype) if is_truth else element
         if not value.type.shape:
             return _literal(weight.load().item())
         if value.name not in self._tables:
@@ -241,8 +243,7 @@ def _converted(expr: Expr, dtype: torch.dtype, node: Node) -> Expr:
     if dtype == torch.bool:
         return as_condition(expr)
     if isinstance(expr, (Element, *CONDITIONS)):
-        one, zero = (Real(1.0), Real(0.0)) if dtype.is_floating_point else (Int(1), Int(0))
-        return _where(expr, one, zero)
+        return _as_number(expr, dtype)
     if isinstance(expr, Where):
         return Where(expr.condition, _converted(expr.then, dtype, node), _converted(expr.otherwise, dtype, node))
     if isinstance(expr, Int) and dtype in (torch.int64, torch.int32):
@@ -256,6 +257,11 @@ def _converted(expr: Expr, dtype: torch.dtype, node: Node) -> Expr:
         raise Unreadable(f"infinity as an integer in {node.where}")
     converted = torch.tensor(number, dtype=torch.float64).to(dtype).item()
     return Real(float(converted)) if dtype.is_floating_point else Int(int(converted))
+
+
+def _as_number(truth: Expr, dtype: torch.dtype) -> Expr:
+    one, zero = (Real(1.0), Real(0.0)) if dtype.is_floating_point else (Int(1), Int(0))
+    return _where(truth, one, zero)
 
 
 def _indexed(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:

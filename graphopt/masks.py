@@ -59,8 +59,8 @@ class Mask:
     """A mask as a conjunction: every condition that is set must hold for a key to be visible.
 
     ``causal``, ``window_left``, ``window_right``, ``chunk`` as in ``graphopt.attention``; ``prefix``: keys that these four do
-    not hide (or how many first ones). ``keys``: all of them must show the key. ``segments``: a tensor whose element at the
-    query and at the key must be equal."""
+    not hide (or how many first ones). ``keys``: all of them must show the key. ``segments``: a tensor whose element (or, of
+    ``Keys``, whose truth) at the query and at the key must be equal."""
 
     causal: str = "none"
     window_left: int = -1
@@ -68,7 +68,7 @@ class Mask:
     chunk: int = 0
     prefix: Keys | int | None = None
     keys: tuple[Keys, ...] = ()
-    segments: Value | None = None
+    segments: Value | Keys | None = None
 
     def __str__(self) -> str:
         parts = [f"causal ({self.causal})"] if self.causal != "none" else []
@@ -77,7 +77,8 @@ class Mask:
         parts += [f"chunks of {self.chunk}"] if self.chunk else []
         parts += [f"prefix {self.prefix}"] if self.prefix is not None else []
         parts += [f"key padding ({keys})" for keys in self.keys]
-        parts += [f"segments (%{self.segments.name})"] if self.segments is not None else []
+        if self.segments is not None:
+            parts.append(f"segments ({self.segments if isinstance(self.segments, Keys) else '%' + self.segments.name})")
         return " and ".join(parts) or "none"
 
 
@@ -153,7 +154,7 @@ class _Classifier:
         self.chunk = 0
         self.prefix: Keys | int | None = None
         self.keys: dict[Keys, None] = {}
-        self.segments: Value | None = None
+        self.segments: Value | Keys | None = None
 
     def classify(self, condition: Condition) -> Mask | Unproven:
         waiting = [part for part in _conjuncts(condition) if not self.ranges.holds(part)]
@@ -195,9 +196,7 @@ class _Classifier:
         at_key = Element(part.element.value, index)
         if index == part.element.index or not _is_row(at_key) or Keys(at_key.value) not in self.keys:
             return False
-        if at_key.value.type.dtype != torch.bool:
-            return False  # two numbers that are not zero may differ
-        return self._take_segments(at_key.value)
+        return self._take_segments(Keys(at_key.value))
 
     def _take_equality(self, size: Size, waiting: Sequence[Condition]) -> bool:
         """``f(key) == f(query)``, in two halves: chunks of one length, or a tensor of segment numbers."""
@@ -216,7 +215,7 @@ class _Classifier:
                 return self._take_segments(element.value)
         return False
 
-    def _take_segments(self, value: Value) -> bool:
+    def _take_segments(self, value: Value | Keys) -> bool:
         if self.segments not in (None, value):
             return False
         self.segments = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,14 +16,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from graphopt import artifact
+from graphopt import artifact, attentions
 from graphopt.backend import Progress as Report
 from graphopt.backend import known_backends
 from graphopt.errors import GraphError, MissingBackendError
 from graphopt.ir import Graph
-from graphopt.pipeline import Pass
+from graphopt.pipeline import Pass, load_passes, run_passes
 from graphopt.schemas.pipeline import HIGHER_IS_BETTER
-from graphopt.schemas.report import BuildReport, StageParity
+from graphopt.schemas.report import AttentionReport, BuildReport, StageParity
 from graphopt.text import parse
 
 __all__ = ["escape"]
@@ -145,7 +145,42 @@ def read_graph(what: str) -> Graph:
     from graphopt.tracing import trace
 
     source = load_model(what)
-    return trace(source.module, source.inputs, source.axes, defaults=source.dims)
+    return trace(source.module, source.inputs, source.axes, defaults=source.dims, truths=source.truths)
+
+
+def read_attentions(what: str) -> list[AttentionReport]:
+    """The attentions of an engine as its manifest has them; of a model or .gir file, after the passes that fuse them."""
+    if (Path(what) / artifact.MANIFEST).is_file():
+        return artifact.read_manifest(Path(what)).report.attentions
+    graph = read_graph(what)
+    kinds = ("decompose_complex", "canonicalize", "fuse_attention")
+    reports = run_passes(graph, load_passes([{"kind": kind, "allow_no_match": True} for kind in kinds]))
+    return attentions.table(graph, [refusal for report in reports for refusal in report.refusals])
+
+
+def attention_table(rows: Sequence[AttentionReport]) -> RenderableType:
+    """Attentions with their heads, sizes and masks; those that are alike in one line. Then what is left, and why."""
+    groups: dict[tuple[str, ...], list[AttentionReport]] = {}
+    for row in rows:
+        facts = row.model_dump(exclude={"name", "where", "unproven", "extras"})
+        groups.setdefault((*map(str, facts.values()), *row.extras), []).append(row)
+    fused = sum(row.fused for row in rows)
+    columns = ("first", "times", "heads", "kv", "size", "queries", "keys", "mask", "")
+    table = _table(f"{fused} of {len(rows)} attentions fused", *columns)
+    for group in groups.values():
+        row = group[0]
+        size = row.size if row.size == row.value_size else f"{row.size}, values {row.value_size}"
+        mask = row.mask if row.fused else "[red]not fused[/]"
+        table.add_row(
+            escape(row.name), str(len(group)), row.heads, row.kv_heads, size, row.queries, row.keys, mask,
+            ", ".join(row.extras),
+        )  # fmt: skip
+    left = _table("why", "attention", "reason", "at")
+    for row in rows:
+        reason = row.refusal or row.unproven
+        if reason:
+            left.add_row(escape(row.name), escape(reason), escape(row.where.partition(", from ")[2] or row.where))
+    return Group(table, "", left) if left.row_count else table
 
 
 def graph_facts(graph: Graph, *, with_text: bool, with_weights: bool, origins: bool) -> dict[str, Any]:

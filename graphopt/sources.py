@@ -19,9 +19,9 @@ from graphopt.probes import Sampler, is_mask, sampler_like
 class Source:
     """A model ready to compile: the module in evaluation mode, example inputs, names of their dynamic axes.
 
-    ``dims``: ranges where the model knows them; ``vocabulary``: for integer inputs, how many values there are; ``mask``:
-    the padding mask among the inputs; ``padding``: for inputs beside it, what stands where it is 0; ``left_padding``: whether the
-    model takes padding on the left as well; ``files``: where the tokenizer's files lie."""
+    ``dims``: ranges where the model knows them; ``vocabulary``: for integer inputs, how many values there are; ``mask``: the
+    padding mask among the inputs, zeros and ones; ``padding``: for inputs beside it, what stands where it is 0;
+    ``left_padding``: whether the model takes padding on the left as well; ``files``: where the tokenizer's files lie."""
 
     module: nn.Module
     inputs: dict[str, Tensor | None]
@@ -44,6 +44,11 @@ class Source:
     def tensors(self) -> dict[str, Tensor]:
         """The example inputs that are given."""
         return {name: tensor for name, tensor in self.inputs.items() if tensor is not None}
+
+    @property
+    def truths(self) -> tuple[str, ...]:
+        """The inputs that hold zeros and ones only."""
+        return (self.mask,) if self.mask is not None and self.mask in self.tensors else ()
 
     @property
     def traced(self) -> dict[str, int]:

@@ -56,7 +56,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def graph_text(graph: Graph, *, origins: bool = False) -> str:
     lines = [f"dim {name} in {bounds}" for name, bounds in graph.dims.items()]
-    lines += [f"input {value!r}" for value in graph.inputs.values()]
+    lines += [f"input {value!r}" + _TRUTH * (name in graph.truths) for name, value in graph.inputs.items()]
     lines += [f"weight {graph.value(name)!r}" for name in graph.weights]
     for node in graph.nodes:
         comment = f"  # {' | '.join(node.origin)}" if origins and node.origin else ""
@@ -67,6 +67,7 @@ def graph_text(graph: Graph, *, origins: bool = False) -> str:
 
 _NAME = r"[\w.\-]+"
 _DIM = re.compile(r"dim (\w+) in \[(\d+), (\d+|\.\.\.)\]$")
+_TRUTH = " in {0, 1}"
 _DECLARED = re.compile(rf"(input|weight) %({_NAME}): (.+)$")
 _OUTPUT = re.compile(rf"output ({_NAME}) = %({_NAME})$")
 _NODE = re.compile(rf"(%{_NAME}: .*?) = (\w+\.\w+\.\w+)\((.*)\)$")
@@ -98,7 +99,9 @@ def _parse_line(graph: Graph, line: str, weights: Mapping[str, torch.Tensor] | N
     elif found := _DECLARED.match(line):
         kind, name, type_ = found.groups()
         if kind == "input":
-            graph.add_input(name, parse_type(type_))
+            graph.add_input(name, parse_type(type_.removesuffix(_TRUTH)))
+            if type_.endswith(_TRUTH):
+                graph.truths.add(name)
         else:
             graph.add_weight(name, _weight(name, parse_type(type_), weights))
     elif found := _OUTPUT.match(line):

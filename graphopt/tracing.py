@@ -7,10 +7,12 @@ functionalized first, inference no-ops are dropped at the door (:mod:`graphopt.n
 from __future__ import annotations
 
 import contextlib
+import io
 import keyword
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +21,7 @@ from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from graphopt import operators
+from graphopt import operators, segments
 from graphopt.dims import Dim, Size
 from graphopt.eager import path_name
 from graphopt.errors import GraphError, TracingError
@@ -31,6 +33,7 @@ from graphopt.text import RESERVED
 
 Axes: TypeAlias = "Mapping[str, Sequence[str | None]]"
 
+_GROUPS = "multiply each group by its matrix of one stack and join them in order, or use torch's grouped product"
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
@@ -40,13 +43,15 @@ def trace(
     axes: Axes,
     dims: Mapping[str, DimRange | tuple[int, int | None]] | None = None,
     defaults: Mapping[str, DimRange] | None = None,
+    truths: Collection[str] = (),
 ) -> Graph:
     """The graph of ``module(**inputs)``.
 
     ``inputs``: example tensors by argument name; None stands for an optional input that is left out. ``axes``: for each
     input the names of its dynamic axes, as in ``{"input_ids": ("batch", "sequence")}``, None for a fixed one; axes of one
     name are of one size. ``dims``: the range of each name, by default any size from 1. ``defaults``: ranges for names that
-    ``dims`` leaves out; they give way to what the model allows.
+    ``dims`` leaves out; they give way to what the model allows. ``truths``: inputs that hold zeros and ones only, as a
+    padding mask does: what is proven of masks may rest on it.
 
     TracingError names the node and source line of what cannot become a graph."""
     given = {name: value for name, value in inputs.items() if value is not None}
@@ -58,7 +63,9 @@ def trace(
     program = _export(module, given, axes)
     if any(_mutates(node) for node in _all_nodes(program.graph_module)):
         program = _functionalized(program, module)
-    return _Importer(program, given, axes, ranges, unasked).graph
+    graph = _Importer(program, given, axes, ranges, unasked).graph
+    graph.truths.update(name for name in truths if name in graph.inputs)
+    return graph
 
 
 def _check_request(module: nn.Module, given: Mapping[str, Any], axes: Axes, dims: Mapping[str, DimRange]) -> None:
@@ -122,6 +129,10 @@ _REMEDIES = (
     (
         "Constraints violated",
         "the model fixes a size that is named dynamic: leave that axis out of axes, or change the model",
+    ),
+    (
+        "must match the size of tensor",
+        "the model works at one size of an axis that is named dynamic: leave that axis out of axes",
     ),
     ("DynamicCache", "set config.use_cache = False before tracing"),
     ("pytree", "return tensors, tuples, dicts or registered dataclasses only"),
@@ -329,6 +340,9 @@ class _Importer:
         op = _op_name(node.target)  # type: ignore[arg-type]
         if is_assertion(op):
             return None
+        grouped = segments.read(op, node, env, self.graph, _origin(node))
+        if grouped is not None:
+            return grouped
         try:
             args = {
                 name: map_arg(_map_fx(arg, lambda leaf: self._leaf(leaf, env, node)), lambda leaf: leaf)
@@ -354,6 +368,8 @@ class _Importer:
                 raise self._refusal(f"argument {leaf.name} of {node.target} is neither a tensor nor a size", node)
             if isinstance(env[leaf], TracingError):
                 raise env[leaf]
+            if isinstance(env[leaf], segments.Segment):
+                raise self._refusal(f"{leaf.name} has a number of rows that depends on data", node, _GROUPS)
             return env[leaf]
         if isinstance(leaf, (torch.device, torch.layout, torch.memory_format)):
             return None
@@ -373,17 +389,18 @@ class _Importer:
     def _types(
         self, op: str, args: Mapping[str, Any], parts: Sequence[Any], node: torch.fx.Node
     ) -> tuple[TensorType, ...]:
-        """The results' types as the trace has them. Where torch lost sight of a size, as it is inferred from the operands."""
-        unknown = {
-            str(size.node.expr) for part in parts for size in part.shape if _is_unbacked(size)
-        } - self.meaning.keys()
-        if not unknown or not self.meaning.keys() & {symbol for symbol in self.meaning if symbol.startswith("u")}:
+        """The results' types as the trace has them. Where torch lost sight of a size, as it follows from the operands."""
+        try:
             return tuple(self._type(part, node) for part in parts)
-        types = infer(op, operators.bind(op, (), args))
+        except TracingError as refusal:
+            try:
+                types = infer(op, operators.bind(op, (), args))
+            except GraphError:
+                raise refusal from None
         for part, type in zip(parts, types, strict=True):
             for size, found in zip(part.shape, type.shape, strict=True):
-                if _is_unbacked(size) and str(size.node.expr) in unknown:
-                    self.meaning[str(size.node.expr)] = found
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    self.meaning.setdefault(str(size.node.expr), found)
         return types
 
     def _type(self, tensor: torch.Tensor, node: torch.fx.Node) -> TensorType:
@@ -425,11 +442,6 @@ def _refuse_output(spec: Any) -> bool:
     )
 
 
-def _is_unbacked(size: Any) -> bool:
-    """Whether a size is a symbol that torch made for a number it does not know."""
-    return isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and str(size.node.expr).startswith("u")
-
-
 def _op_name(target: torch._ops.OpOverload) -> str:
     namespace, name = target._schema.name.split("::")
     return f"{namespace}.{name}.{target._overloadname}"
@@ -457,7 +469,10 @@ def _origin(node: torch.fx.Node) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export warns about its own internals; what matters to the user comes as an error."""
-    with warnings.catch_warnings(), silent_logging():
+    """torch.export warns about its own internals, and prints half a graph where it fails; what matters to the user comes as
+    an error. What the model itself prints stays."""
+    printed = io.StringIO()
+    with warnings.catch_warnings(), silent_logging(), contextlib.redirect_stderr(printed):
         warnings.simplefilter("ignore")
         yield
+    sys.stderr.write(printed.getvalue())

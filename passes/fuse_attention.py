@@ -168,7 +168,8 @@ class _Claim:
             }  # fmt: skip
         if proof.segments is not None:
             require(args["segments"] is None, "it has segments already")
-            changed["segments"] = self._row(proof.segments)
+            numbers = proof.segments
+            changed["segments"] = self._truths(numbers) if isinstance(numbers, masks.Keys) else self._row(numbers)
         rows = [args["key_mask"]] * (args["key_mask"] is not None) + [self._truths(keys) for keys in proof.keys]
         if rows:
             changed["key_mask"] = reduce(lambda a, b: self.op.reuse("bitwise_and.Tensor", a, b), rows)

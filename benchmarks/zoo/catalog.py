@@ -27,12 +27,11 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Animal:
-    """A class of transformers with a small config. ``attentions``: the implementations to trace it with."""
+    """A class of transformers with a small config."""
 
     model: str
     family: str
     changes: dict[str, Any] = field(default_factory=dict)
-    attentions: tuple[str, ...] = ("eager", "sdpa")
     label: str = ""
 
     @property
@@ -75,7 +74,12 @@ ENCODERS = _family(
     NystromformerModel={"num_landmarks": 4, "segment_means_seq_len": 12},
     ConvBertModel={},
     SqueezeBertModel={"embedding_size": 48},
-    MobileBertModel={"embedding_size": 24, "intra_bottleneck_size": 24, "true_hidden_size": 24},
+    MobileBertModel={
+        "initializer_range": 0.1,
+        "embedding_size": 24,
+        "intra_bottleneck_size": 24,
+        "true_hidden_size": 24,
+    },
     FNetModel={},
     RoFormerModel={"embedding_size": 48},
     EsmModel={"position_embedding_type": "rotary"},
@@ -203,7 +207,11 @@ VISION = _family(
         "hidden_sizes": [16, 32], "depths": [2, 2], "num_attention_heads": [2, 4], "sr_ratios": [2, 1],
         "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "num_encoder_blocks": 2,
     },
-    HieraModel={"image_size": [24, 24], "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "patch_size": [3, 3], "patch_stride": [2, 2], "query_stride": [2, 2], "masked_unit_size": [4, 4], "patch_padding": [1, 1], "num_query_pool": 1},
+    HieraModel={
+        "image_size": [24, 24], "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "patch_size": [3, 3],
+        "patch_stride": [2, 2], "query_stride": [2, 2], "masked_unit_size": [4, 4], "patch_padding": [1, 1],
+        "num_query_pool": 1,
+    },
     SamVisionModel={
         "window_size": 2, "global_attn_indexes": [1], "output_channels": 16, "image_size": 40, "mlp_dim": 72,
         "num_pos_feats": 8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import graphopt
+from benchmarks.measure import quiet
 from benchmarks.zoo.catalog import Animal
 from benchmarks.zoo.small import source as small_source
 from graphopt import attentions
@@ -72,6 +74,20 @@ class _AfterFusion:
         if step.kind == "fuse_attention":
             self.unfused = [node.where for node in attentions.unfused(graph)]
             self.text = graph.text(origins=True)
+
+
+def attempt(work: tuple[Animal, str, bool]) -> Row:
+    """``measure``, alone in its process, on one thread; a crash is a row as well."""
+    animal, attention, beside = work
+    torch.set_num_threads(1)
+    with quiet():
+        try:
+            return measure(animal, attention, beside)
+        except Exception as error:
+            row = Row(animal.name, animal.family, attention)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            row.graphopt.refused = f"crash: {type(error).__name__}: {error} at {where.filename}:{where.lineno}"
+            return row
 
 
 def measure(animal: Animal, attention: str, beside: bool = True) -> Row:

@@ -21,6 +21,21 @@ def source(animal: Animal, attention: str) -> Source:
     return transformers_source(cls(config), name=animal.name)
 
 
+def implementations(animal: Animal) -> tuple[str, ...]:
+    """The attention implementations that the class has."""
+    return tuple(attention for attention in ("eager", "sdpa") if attention == "eager" or _has_sdpa(animal))
+
+
+def _has_sdpa(animal: Animal) -> bool:
+    try:
+        source(animal, "sdpa")
+    except ValueError as error:
+        if "does not support" in str(error):
+            return False
+        raise
+    return True
+
+
 def small_config(cls: Any, changes: dict[str, Any]) -> Any:
     """A config whose fields have the sizes of ``SMALL``, then those of ``changes``; configs inside it too."""
     sizes = {key: size for key, size in SMALL.items() if key in _fields(cls)}

@@ -1,0 +1,281 @@
+"""What the tests of masks share: graphs of masks, and a claim held against the evaluated mask by other means than graphopt's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from graphopt.dims import Dim, Size
+from graphopt.execution import run
+from graphopt.ir import DimRange, Graph, TensorType, Value, Weight, map_arg
+from graphopt.masks import Keys, Mask, Unproven, prove
+
+LOWEST = torch.finfo(torch.float32).min
+LOWEST_HALF = torch.finfo(torch.float16).min
+OLD_LOW = -10000.0  # of older models
+
+
+class Builder:
+    """A graph of masks for ``queries`` x ``keys`` positions: names of dims, or numbers. ``least`` is the dims' minimum."""
+
+    def __init__(self, queries: str | int = "queries", keys: str | int = "keys", least: int = 1) -> None:
+        self.graph = Graph()
+        self.sizes = {name: None for name in ("batch", queries, keys) if isinstance(name, str)}
+        self.graph.dims = {name: DimRange(1 if name == "batch" else least) for name in self.sizes}
+        self.least = least
+        self.batch: Size = Dim.named("batch")
+        self.queries, self.keys = (Dim.named(n) if isinstance(n, str) else n for n in (queries, keys))
+        self.graph.add_input("x", TensorType(torch.float32, (self.batch, self.queries, self.keys)))
+        self.mask = self.input("mask", torch.bool)
+        self.other = self.input("other", torch.bool)
+        self.numbers = self.input("numbers", torch.int64)
+
+    def input(self, name: str, dtype: torch.dtype, shape: tuple[Size, ...] | None = None) -> Value:
+        """An input, ``[batch, keys]`` unless given; the one of this name if there is one."""
+        if name in self.graph.inputs:
+            return self.graph.inputs[name]
+        return self.graph.add_input(name, TensorType(dtype, (self.batch, self.keys) if shape is None else shape))
+
+    def each(self, name: str, dtype: torch.dtype = torch.int64) -> Value:
+        """An input of one number for each batch, ``[batch, 1, 1, 1]``."""
+        return self.unsqueeze(self.input(name, dtype, (self.batch,)), 1, 1, 1)
+
+    def table(self, tensor: Tensor) -> Value:
+        return self.graph.add_weight(self.graph.unique("table"), Weight.of(tensor))
+
+    def op(self, name: str, /, **args: Any) -> Value:
+        signature = name, tuple((each, map_arg(arg, partial(_meaning, each))) for each, arg in args.items())
+        node = self.graph.insert(f"aten.{name}", args, _types.get(signature))
+        _types[signature] = tuple(value.type for value in node.outputs)
+        return node.output
+
+    def arange(self, end: Size, start: Size = 0, dtype: torch.dtype = torch.int64) -> Value:
+        return self.op("arange.start_step", start=start, end=end, dtype=dtype)
+
+    def full(self, number: Any, dtype: torch.dtype = torch.float32, *shape: Size) -> Value:
+        return self.op("full.default", size=shape, fill_value=number, dtype=dtype)
+
+    def unsqueeze(self, value: Value, *axes: int) -> Value:
+        for axis in axes:
+            value = self.op("unsqueeze.default", self=value, dim=axis)
+        return value
+
+    def key(self, start: Size = 0, dtype: torch.dtype = torch.int64) -> Value:
+        return self.arange(self.keys + start, start, dtype)
+
+    def query(self, start: Size = 0, dtype: torch.dtype = torch.int64) -> Value:
+        return self.unsqueeze(self.arange(self.queries + start, start, dtype), 1)
+
+    def compare(self, relation: str, a: Value, b: Any) -> Value:
+        overload = "Tensor" if isinstance(b, Value) else "Scalar"
+        return self.op(f"{relation}.{overload}", self=a, other=b)
+
+    def both(self, a: Value, b: Value) -> Value:
+        return self.op("bitwise_and.Tensor", self=a, other=b)
+
+    def either(self, a: Value, b: Value) -> Value:
+        return self.op("bitwise_or.Tensor", self=a, other=b)
+
+    def negate(self, a: Value) -> Value:
+        return self.op("bitwise_not.default", self=a)
+
+    def add(self, a: Value, b: Any) -> Value:
+        return self.op("add.Tensor" if isinstance(b, Value) else "add.Scalar", self=a, other=b)
+
+    def minus(self, a: Value, b: Any) -> Value:
+        return self.op("sub.Tensor" if isinstance(b, Value) else "sub.Scalar", self=a, other=b)
+
+    def times(self, a: Value, b: Any) -> Value:
+        return self.op("mul.Tensor" if isinstance(b, Value) else "mul.Scalar", self=a, other=b)
+
+    def cast(self, a: Value, dtype: torch.dtype) -> Value:
+        return self.op("to.dtype", self=a, dtype=dtype)
+
+    def slice(self, a: Value, dim: int, start: Size, end: Size) -> Value:
+        return self.op("slice.Tensor", self=a, dim=dim, start=start, end=end)
+
+    def turned(self, a: Value) -> Value:
+        """The last two axes swapped."""
+        rank = len(a.type.shape)
+        return self.op("transpose.int", self=a, dim0=rank - 2, dim1=rank - 1)
+
+    def gather(self, a: Value, *indices: Value | None) -> Value:
+        return self.op("index.Tensor", self=a, indices=indices)
+
+    def causal(self) -> Value:
+        return self.compare("le", self.key(), self.query())
+
+    def lower_right(self) -> Value:
+        return self.compare("le", self.key(), self.add(self.query(), self.keys - self.queries))
+
+    def distance(self) -> Value:
+        """Query minus key."""
+        return self.minus(self.query(), self.key())
+
+    def chunk(self, a: Value, length: int = 3) -> Value:
+        return self.op("floor_divide.Scalar", self=a, other=length)
+
+    def padding(self, mask: Value | None = None) -> Value:
+        """``[batch, 1, 1, keys]``."""
+        return self.unsqueeze(self.mask if mask is None else mask, 1, 1)
+
+    def at_query(self, row: Value) -> Value:
+        """``[batch, keys]`` as ``[batch, 1, keys, 1]``."""
+        return self.unsqueeze(row, 1, 3)
+
+    def ones(self, dtype: torch.dtype = torch.bool) -> Value:
+        return self.full(1, dtype, self.queries, self.keys)
+
+    def added(self, hidden: Value, low: float = -math.inf) -> Value:
+        """A float mask from a bool one that says which keys are hidden."""
+        zeros = self.full(0.0, torch.float32, self.queries, self.keys)
+        return self.op("masked_fill.Scalar", self=zeros, mask=hidden, value=low)
+
+    def inverted(self, condition: Value, low: float = LOWEST) -> Value:
+        """``(1 - mask) * low``."""
+        return self.times(self.op("rsub.Scalar", self=self.cast(condition, torch.float32), other=1.0), low)
+
+    def prove(self, *values: Value) -> Mask | Unproven:
+        return prove(self.graph, values, self.queries, self.keys)
+
+
+#: Types of results by what they depend on: thousands of random graphs are made of few different nodes.
+_types: dict[Any, tuple[TensorType, ...]] = {}
+_NUMBERS = frozenset({"other", "value", "fill_value", "diagonal"})
+
+
+def _meaning(name: str, leaf: Any) -> Any:
+    """What an argument says about the type of a result."""
+    if isinstance(leaf, Value):
+        return leaf.type
+    return type(leaf) if name in _NUMBERS else (type(leaf), leaf)
+
+
+Build: TypeAlias = Callable[[Builder], Value]
+SIZES = (
+    {"batch": 2, "queries": 4, "keys": 6},
+    {"batch": 3, "queries": 7, "keys": 5},
+    {"batch": 1, "queries": 1, "keys": 1},
+)
+
+
+# A claim against the evaluated mask, by other means than graphopt's
+
+
+def inputs_at(builder: Builder, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """Inputs of random truths and small integers, of both signs at every second seed."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, value in builder.graph.inputs.items():
+        dtype = value.type.dtype
+        shape = [int(size) for size in value.type.concrete(sizes).shape]  # type: ignore[arg-type]
+        low, high = (0, 2) if dtype == torch.bool else (-2 * (seed % 2) * dtype.is_signed, 4 + 4 * (seed % 3 == 0))
+        made[name] = torch.randint(low, high, shape, generator=generator).to(dtype)
+    return made
+
+
+def evaluated(
+    builder: Builder, values: Sequence[Value], inputs: Mapping[str, Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The masks and every inner value, run."""
+    seen = {**inputs, **{name: weight.load() for name, weight in builder.graph.weights.items()}}
+    builder.graph.outputs = {f"mask {i}": value for i, value in enumerate(values)}
+    out = run(builder.graph, inputs, tap=lambda inner, tensor: seen.__setitem__(inner.name, tensor))
+    return list(out.values()), seen
+
+
+def visible_keys(mask: Tensor) -> Tensor:
+    """Which keys a mask shows; each element must either add nothing or hide its key."""
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= OLD_LOW
+    assert bool(((mask == 0) | hidden).all()), f"it adds {mask}"
+    return ~hidden
+
+
+def claimed_keys(claim: Mask, seen: Mapping[str, Tensor], batch: int, queries: int, keys: int) -> Tensor:
+    """What a claim says, ``[batch, 1, queries, keys]``: a band cut out of a table of ones, then row by row."""
+
+    def rows(value: Value) -> list[list[Any]]:
+        tensor = seen[value.name]
+        assert tensor.numel() in (keys, batch * keys), f"%{value.name} is {list(tensor.shape)}, not of all keys"
+        return tensor.reshape(-1, keys).expand(batch, keys).tolist()
+
+    def truths(which: Keys) -> Tensor:
+        return torch.tensor([[(n == 0) == which.where_zero for n in row] for row in rows(which.value)])
+
+    band = torch.ones(queries, keys)
+    shift = keys - queries if claim.causal == "lower_right" else 0
+    assert claim.causal in ("none", "upper_left", "lower_right")
+    if claim.causal != "none":
+        band = band.tril(shift)
+    if claim.window_left >= 0:
+        band = band.triu(shift - claim.window_left)
+    if claim.window_right >= 0:
+        band = band.tril(shift + claim.window_right)
+    found = band.bool().expand(batch, queries, keys).clone()
+    if isinstance(claim.prefix, int):
+        found[:, :, : claim.prefix] = True
+    elif claim.prefix is not None:
+        found |= truths(claim.prefix)[:, None]
+    if claim.chunk:
+        chunks = [torch.arange(size).div(claim.chunk).trunc() for size in (queries, keys)]
+        found &= chunks[0][:, None] == chunks[1]
+    if claim.segments is not None:
+        assert queries == keys
+        numbers = truths(claim.segments).tolist() if isinstance(claim.segments, Keys) else rows(claim.segments)
+        found &= torch.tensor([[[a == b for b in row] for a in row] for row in numbers])
+    for each in claim.keys:
+        found &= truths(each)[:, None]
+    return found[:, None]
+
+
+def assert_true(
+    builder: Builder, values: Value | Sequence[Value], claim: Mask, sizes: Mapping[str, int], seed: int,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """The claim about one mask or several holds elementwise at these sizes, for random inputs or those that are given."""
+    given = {**inputs_at(builder, sizes, seed), **(inputs or {})}
+    masks, seen = evaluated(builder, [values] if isinstance(values, Value) else values, given)
+    batch, queries, keys = given["x"].shape
+    expected = claimed_keys(claim, seen, batch, queries, keys)
+    got = torch.stack([visible_keys(mask).expand(batch, 1, queries, keys) for mask in masks]).all(0)
+    assert torch.equal(got, expected), (
+        f"claimed {claim}, but at {dict(sizes)} with {given} it is\n{got.int()}\nnot\n{expected.int()}\n{builder.graph}"
+    )
+
+
+def form(claim: Mask) -> tuple[Any, ...]:
+    """A claim, whatever tensors it names."""
+    prefix = claim.prefix.where_zero if isinstance(claim.prefix, Keys) else claim.prefix
+    keys = sorted(each.where_zero for each in claim.keys)
+    band = claim.causal, claim.window_left, claim.window_right, claim.chunk
+    return *band, type(claim.prefix), prefix, keys, claim.segments is not None
+
+
+def check(
+    build: Build, expected: Mask | str, queries: str | int = "queries", keys: str | int = "keys",
+    sizes: Sequence[Mapping[str, int]] = SIZES,
+) -> None:  # fmt: skip
+    """``prove`` says ``expected``: a mask, which must be true as well, or the reason why not."""
+    builder = Builder(queries, keys)
+    value = build(builder)
+    found = builder.prove(value)
+    if isinstance(expected, str):
+        assert found == Unproven(expected)
+        return
+    assert isinstance(found, Mask), found
+    assert form(found) == form(expected), f"proven {found}, not {expected}"
+    for seed, at in enumerate(sizes):
+        for more in (0, 1):
+            assert_true(
+                builder, value, found, {name: at.get(name, at["keys"]) for name in builder.sizes}, 2 * seed + more
+            )
+
+
+SOME = Value("some", TensorType(torch.bool, ()), None)  # stands for "a tensor" in what is expected
