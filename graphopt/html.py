@@ -27,8 +27,11 @@ from graphopt.schemas.report import AttentionReport, BuildReport, PassReport, Re
 DIFF_BYTES = 200_000
 #: The bar of a stage begins this many powers of ten below its limit, and ends one above.
 BAR_DECADES = 6
+#: Up to this many places of a refusal are shown at once.
+FEW = 3
 
 Item = TypeVar("Item")
+MINUS, TIMES, NO_BREAK = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{NO-BREAK SPACE}"
 Difference = tuple[float, str, str]  # largest absolute difference, output, sizes of the probe
 
 
@@ -107,14 +110,23 @@ class Parity:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a node is and where it came from. ``reason``: its own words, where those of its group leave names out."""
+    """Where a node is and where it came from. ``values``: the names that stand for the ``%…`` of its group's reason."""
 
     node: str
     op: str = ""
     module: str = ""
     source: str = ""
     made_by: str = ""
-    reason: str = ""
+    values: str = ""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places as a table, without the columns that would say the same in every row: those are told once."""
+
+    shared: list[tuple[str, str]]
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -123,17 +135,21 @@ class Refusals:
 
     rule: str
     reason: str
-    places: list[Place]
+    count: str
+    few: bool
+    places: Places
 
 
 @dataclass(frozen=True)
 class Change:
-    """A number before and after."""
+    """A number before and after; ``before_bar`` and ``after_bar`` where a table draws them."""
 
     name: str
     before: str
     after: str
     difference: str
+    before_bar: Bar | None = None
+    after_bar: Bar | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,7 @@ class Work:
     options: list[tuple[str, str]]
     matches: list[tuple[str, str]]
     refusals: list[Refusals]
+    changed: str
     refused: str
     notes: list[str]
     changes: list[Change]
@@ -198,7 +215,7 @@ class AttentionRow:
     source: str
     fused: bool
     reasons: list[tuple[str, str]]
-    places: list[Place]
+    places: Places
 
 
 @dataclass(frozen=True)
@@ -315,8 +332,12 @@ def _count(number: int) -> str:
     return f"{number:,}"
 
 
+def _some(number: int, what: str, ending: str = "s") -> str:
+    return f"{_count(number)} {what}{ending if number != 1 else ''}"
+
+
 def _signed(number: int, show: Callable[[int], str] = _count) -> str:
-    return "0" if not number else ("+" if number > 0 else "−") + show(abs(number))
+    return "0" if not number else ("+" if number > 0 else MINUS) + show(abs(number))
 
 
 def _size(size: int) -> str:
@@ -334,7 +355,7 @@ def _seconds(seconds: float) -> str:
 def _number(number: float) -> str:
     """A difference: two digits, and a plain 0 where there is none."""
     if math.isinf(number):
-        return "∞" if number > 0 else "−∞"
+        return "∞" if number > 0 else f"{MINUS}∞"
     return f"{number:.1e}" if number else "0"
 
 
@@ -393,7 +414,11 @@ def _figures(report: BuildReport) -> list[Figure]:
         first, last = report.passes[0], report.passes[-1]
         nodes = f"{_count(first.nodes_before)} → {_count(last.nodes_after)}"
         found.append(
-            Figure("Graph nodes", nodes, f"{_signed(last.nodes_after - first.nodes_before)} by {_passes(report)}")
+            Figure(
+                "Graph nodes",
+                nodes,
+                f"{_signed(last.nodes_after - first.nodes_before)} by {_some(len(report.passes), 'pass', 'es')}",
+            )
         )
         found.append(_weight_figure(first, last))
     if report.attentions:
@@ -402,18 +427,13 @@ def _figures(report: BuildReport) -> list[Figure]:
     return found
 
 
-def _passes(report: BuildReport) -> str:
-    count = len(report.passes)
-    return f"{count} pass" + ("es" if count != 1 else "")
-
-
 def _engine_figure(engine: StageParity | None) -> Figure:
     label = "Largest difference of the engine"
     if engine is None:
         return Figure(label, "unknown", "it was not compared with eager")
     largest = max(_differences(engine), default=None)
     note = f"absolute, in {largest[1]} at {largest[2]}" if largest and largest[0] else "equal to eager in every bit"
-    return Figure(label, _number(engine.max_abs), note)
+    return Figure(label, _number(engine.max_abs), f"{note}; {_share(_decades(engine))} of its limit")
 
 
 def _differences(parity: StageParity) -> list[Difference]:
@@ -423,19 +443,19 @@ def _differences(parity: StageParity) -> list[Difference]:
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:
-    return " × ".join(str(size) for size in sizes.values())
+    return f"{NO_BREAK}{TIMES}{NO_BREAK}".join(str(size) for size in sizes.values())
 
 
 def _weight_figure(first: PassReport, last: PassReport) -> Figure:
     before, after = first.bytes_before, last.bytes_after
-    note = f"{_signed(after - before, _size)} from {_size(before)}" if after != before else "as many bytes as traced"
+    note = f"{_signed(after - before, _size)} from {_size(before)}" if after != before else "unchanged"
     return Figure("Weights", _size(after), note)
 
 
 def _attention_figure(attentions: list[AttentionReport]) -> Figure:
     fused = sum(attention.fused for attention in attentions)
-    unproven = sum(bool(attention.unproven) for attention in attentions)
-    note = f"{_count(unproven)} with a part of the mask unproven" if unproven else "every mask is read in full"
+    biased = sum(bool(attention.unproven) or "bias" in attention.mask.split(", ") for attention in attentions)
+    note = f"{_count(biased)} with a bias tensor" if biased else "no bias tensor in any"
     if fused < len(attentions):
         note = f"{_count(len(attentions) - fused)} left as the model spells them"
     return Figure("Attentions that are one op", f"{_count(fused)} of {_count(len(attentions))}", note)
@@ -507,7 +527,7 @@ def _parity(parity: StageParity | None) -> Parity | None:
         bar=_stage_bar(decades),
         max_abs=_number(parity.max_abs),
         holds=parity.holds,
-        axes=" × ".join(parity.probes[0].sizes) if parity.probes else "",
+        axes=f" {TIMES} ".join(parity.probes[0].sizes) if parity.probes else "",
         probes=_probe_rows(parity),
     )
 
@@ -532,9 +552,9 @@ def _share(decades: float) -> str:
     if decades == -math.inf:
         return "0 %"
     if decades > 3:
-        return "> 1000 ×"
+        return f"> 1000 {TIMES}"
     if decades >= 1:
-        return f"{10**decades:.0f} ×"
+        return f"{10**decades:.0f} {TIMES}"
     percent = 10 ** (decades + 2)
     return "< 0.001 %" if percent < 0.001 else f"{percent:.2g} %" if percent < 99.5 else f"{percent:.0f} %"
 
@@ -570,6 +590,7 @@ def _work(step: PassReport) -> Work:
         options=[(name, json.dumps(value, ensure_ascii=False)) for name, value in step.options.items()],
         matches=[(rule, _count(times)) for rule, times in _by_count(step.matches)],
         refusals=_refusals(step.refusals),
+        changed=_some(step.changes, "change"),
         refused=_count(len(step.refusals)) if step.refusals else "",
         notes=step.notes,
         changes=[
@@ -594,16 +615,34 @@ def _common(reasons: list[str]) -> str:
     return reasons[0] if len(set(reasons)) == 1 else _pattern(reasons[0])
 
 
+def _values(reason: str, common: str) -> str:
+    """The names that ``common`` leaves out."""
+    return "" if reason == common else ", ".join(_VALUE_NAME.findall(reason))
+
+
 def _refusals(refusals: list[RefusalReport]) -> list[Refusals]:
-    made = []
-    for group in _grouped(refusals, lambda refusal: (refusal.rule, _pattern(refusal.reason))):
-        reason = _common([refusal.reason for refusal in group])
-        places = [
-            replace(_place(refusal.where), reason="" if refusal.reason == reason else refusal.reason)
-            for refusal in group
-        ]
-        made.append(Refusals(group[0].rule, reason, places))
-    return made
+    return [_refusal_group(group) for group in _grouped(refusals, lambda found: (found.rule, _pattern(found.reason)))]
+
+
+def _refusal_group(group: list[RefusalReport]) -> Refusals:
+    reason = _common([refusal.reason for refusal in group])
+    places = [replace(_place(refusal.where), values=_values(refusal.reason, reason)) for refusal in group]
+    return Refusals(group[0].rule, reason, _count(len(group)), len(group) <= FEW, _places(places))
+
+
+#: The columns of places, by field.
+_COLUMNS = {
+    "node": "node", "values": "%…", "module": "module", "op": "op", "source": "source line", "made_by": "made by",
+}  # fmt: skip
+
+
+def _places(places: list[Place]) -> Places:
+    """What all places share is taken out; of a single place that is everything."""
+    cells = {title: [str(getattr(place, name)) for place in places] for name, title in _COLUMNS.items()}
+    shared = [(title, column[0]) for title, column in cells.items() if column[0] and len(set(column)) == 1]
+    own = {title: column for title, column in cells.items() if len(set(column)) > 1}
+    rows = [(first, list(rest)) for first, *rest in zip(*own.values(), strict=True)]
+    return Places(shared, list(own), rows)
 
 
 _WHERE = re.compile(r"(?P<node>[^=]+?) = (?P<op>[\w.]+)(?:, from (?P<origin>.+))?", re.DOTALL)
@@ -632,8 +671,8 @@ def _diff(text: str) -> Diff | None:
         lines = lines[2:]
     shown = list(_first(lines, DIFF_BYTES))
     return Diff(
-        added=_count(sum(line.startswith("+") for line in lines)),
-        removed=_count(sum(line.startswith("-") for line in lines)),
+        added=_some(sum(line.startswith("+") for line in lines), "line"),
+        removed=_some(sum(line.startswith("-") for line in lines), "line"),
         size=_size(len(text.encode())),
         runs=[Run(sign, "".join(f"{line}\n" for line in run)) for sign, run in itertools.groupby(shown, _line_sign)],
         left_out=_count(len(lines) - len(shown)) if len(shown) < len(lines) else "",
@@ -674,23 +713,19 @@ def _attention_row(group: list[AttentionReport]) -> AttentionRow:
         count=_count(len(group)),
         heads=_pair(first.heads, first.kv_heads, " / "),
         size=_pair(first.size, first.value_size, " / "),
-        reach=_pair(first.queries, first.keys, " × "),
+        reach=_pair(first.queries, first.keys, f" {TIMES} "),
         mask=first.mask or "—",
         extras=", ".join(first.extras) or "—",
         source=_place(first.where).source,
         fused=first.fused,
         reasons=[(title, text) for title, text in reasons if text],
-        places=[_attention_place(attention, unproven, refusal) for attention in group],
+        places=_places([_attention_place(attention, unproven, refusal) for attention in group]),
     )
 
 
 def _attention_place(attention: AttentionReport, unproven: str, refusal: str) -> Place:
-    own = [
-        text
-        for text, common in ((attention.unproven, unproven), (attention.refusal, refusal))
-        if text and text != common
-    ]
-    return replace(_place(attention.where), node=attention.name, reason="; ".join(own))
+    values = _values(attention.unproven, unproven), _values(attention.refusal, refusal)
+    return replace(_place(attention.where), node=attention.name, values=", ".join(filter(None, values)))
 
 
 def _pair(first: str, second: str, between: str) -> str:
@@ -700,7 +735,16 @@ def _pair(first: str, second: str, between: str) -> str:
 def _ops(before: Mapping[str, int], after: Mapping[str, int]) -> list[Change]:
     """Every op of either graph, those that are in more places first."""
     names = sorted(before.keys() | after.keys(), key=lambda op: (-max(before.get(op, 0), after.get(op, 0)), op))
-    return [_change(op, before.get(op, 0), after.get(op, 0)) for op in names]
+    most = max([*before.values(), *after.values()], default=0)
+    return [_op(op, before.get(op, 0), after.get(op, 0), most) for op in names]
+
+
+def _op(name: str, before: int, after: int, most: int) -> Change:
+    return replace(_change(name, before, after), before_bar=_linear(before, most), after_bar=_linear(after, most))
+
+
+def _linear(value: float, most: float) -> Bar:
+    return Bar(round(100 * value / most, 1) if most else 0)
 
 
 def _weights(steps: list[PassReport]) -> list[Change]:
@@ -710,7 +754,6 @@ def _weights(steps: list[PassReport]) -> list[Change]:
     return [
         _change("parameters", first.parameters_before, last.parameters_after),
         _change("bytes", first.bytes_before, last.bytes_after),
-        _change("size", first.bytes_before, last.bytes_after, _size),
     ]
 
 
@@ -729,7 +772,7 @@ def _tactic(tactic: TacticReport) -> Tactic:
                 form=form,
                 chosen=form == tactic.chosen,
                 milliseconds="" if ms is None else f"{ms:.3f}",
-                bar=None if ms is None else Bar(round(100 * ms / slowest, 1) if slowest else 0),
+                bar=None if ms is None else _linear(ms, slowest),
                 note=tactic.notes.get(form, "" if ms is not None or form == tactic.chosen else "refused"),
             )
             for form, ms in order
@@ -741,11 +784,28 @@ def _parts(seconds: Mapping[str, float]) -> list[Part]:
     total = sum(seconds.values()) or 1.0
     shares = {name: 100 * part / total for name, part in seconds.items()}
     return [
-        Part(name, _seconds(seconds[name]), f"{share:.0f} %", Bar(round(share, 1))) for name, share in shares.items()
+        Part(name, _seconds(seconds[name]), f"{share:.0f} %", _linear(share, 100)) for name, share in shares.items()
     ]
 
 
 def _pipeline(manifest: Manifest) -> str:
     """A pipeline file that makes this engine again: what the manifest keeps of it, with model and dims."""
-    whole: dict[str, Any] = {"model": manifest.model, "dims": manifest.dims, **manifest.pipeline}
-    return json.dumps(whole, indent=2, ensure_ascii=False)
+    dims = {name: list(bounds) for name, bounds in manifest.dims.items()}
+    return _json({"model": manifest.model, "dims": dims, **manifest.pipeline})
+
+
+def _json(value: Any, indent: str = "") -> str:
+    """JSON with short parts on one line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or len(indent + line) <= 100:
+        return line
+    inner = indent + "  "
+    if isinstance(value, dict):
+        ends, parts = (
+            "{}",
+            [f"{json.dumps(key, ensure_ascii=False)}: {_json(part, inner)}" for key, part in value.items()],
+        )
+    else:
+        ends, parts = "[]", [_json(part, inner) for part in value]
+    lines = ",\n".join(inner + part for part in parts)
+    return f"{ends[0]}\n{lines}\n{indent}{ends[1]}"

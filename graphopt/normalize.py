@@ -128,7 +128,7 @@ def _permute(args: Mapping[str, Any], types: tuple[TensorType, ...]) -> Call | V
     return Call("aten.permute.default", args)
 
 
-def _logical(op: str) -> Form:
+def _renamed(op: str) -> Form:
     def form(args: Mapping[str, Any], types: tuple[TensorType, ...]) -> Call | None:
         return Call(f"aten.{op}", args)
 
@@ -194,9 +194,13 @@ _FORMS: dict[str, Form] = {
     "t": _transpose,
     "numpy_T": lambda args, types: _transpose(args, types) if len(_operand(args, types).type.shape) == 2 else None,
     "permute": _permute,
-    "__and__.Tensor": _logical("bitwise_and.Tensor"),
-    "__or__.Tensor": _logical("bitwise_or.Tensor"),
-    "__xor__.Tensor": _logical("bitwise_xor.Tensor"),
+    "multiply.Tensor": _renamed("mul.Tensor"),
+    "min.other": _renamed("minimum.default"),
+    "max.other": _renamed("maximum.default"),
+    "scalar_tensor": lambda args, types: _size_of_like({"fill_value": args["s"]}, types),
+    "__and__.Tensor": _renamed("bitwise_and.Tensor"),
+    "__or__.Tensor": _renamed("bitwise_or.Tensor"),
+    "__xor__.Tensor": _renamed("bitwise_xor.Tensor"),
     **dict.fromkeys(("full", "full_like", "new_full"), _size_of_like),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
     **dict.fromkeys(("empty", "empty_like", "new_empty"), _filled(0)),  # what they hold means nothing

@@ -65,6 +65,19 @@ def _same_type(m: Match) -> Value:
     return found
 
 
+class LinearOfAddmm(Rule):
+    """addmm(bias, x, w)  ->  linear(x, w.T, bias), for a constant w: the transposed one takes its place"""
+
+    def pattern(self, op: Ops, bias: TensorHole, x: TensorHole, w: TensorHole) -> Any:
+        return op.addmm(bias, x, w)
+
+    def rewrite(self, op: Build, m: Match) -> Value:
+        assert m.node.graph is not None
+        applies(m.node.graph.weight_of(m.w) is not None and len(m.bias.type.shape) == 1)
+        result: Value = op.linear(m.x, op.transpose.int(m.w, 0, 1), m.bias)
+        return result
+
+
 class NumberOperand(Rule):
     """x * c, where(m, x, c) and others with a constant tensor of one number  ->  the number itself"""
 
@@ -102,7 +115,7 @@ class Canonicalize(Pass):
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
         _normalize_all(graph, log)
-        rules = [DropAddZero(), DropMulOne(), DropAndTrue(), *MOVES, NumberOperand()]
+        rules = [DropAddZero(), DropMulOne(), DropAndTrue(), *MOVES, LinearOfAddmm(), NumberOperand()]
         _fold_constants(graph, log, self.fold_bytes)
         found = apply_rules(graph, rules, self.kind)
         log.matches.update(found.matches)

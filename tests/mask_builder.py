@@ -97,7 +97,10 @@ class Builder:
         return self.op("to.dtype", self=a, dtype=dtype)
 
     def slice(self, a: Value, dim: int, start: Size, end: Size) -> Value:
-        return self.op("slice.Tensor", self=a, dim=dim, start=start, end=end)
+        """``end`` is taken to be within the tensor, which no shape function could know of a constant table."""
+        shape = (*a.type.shape[:dim], end - start, *a.type.shape[dim + 1 :])
+        args = {"self": a, "dim": dim, "start": start, "end": end}
+        return self.graph.insert("aten.slice.Tensor", args, [TensorType(a.type.dtype, shape)]).output
 
     def turned(self, a: Value) -> Value:
         """The last two axes swapped."""
@@ -106,6 +109,8 @@ class Builder:
 
     def gather(self, a: Value, *indices: Value | None) -> Value:
         return self.op("index.Tensor", self=a, indices=indices)
+
+    # Structures
 
     def causal(self) -> Value:
         return self.compare("le", self.key(), self.query())
@@ -117,8 +122,42 @@ class Builder:
         """Query minus key."""
         return self.minus(self.query(), self.key())
 
-    def chunk(self, a: Value, length: int = 3) -> Value:
-        return self.op("floor_divide.Scalar", self=a, other=length)
+    def window(self, reach: Size) -> Value:
+        """Keys at most so far before the query."""
+        return self.compare("le", self.distance(), reach)
+
+    def near(self, reach: int) -> Value:
+        return self.compare("le", self.op("abs.default", self=self.distance()), reach)
+
+    def divided(self, a: Value, by: int = 3) -> Value:
+        return self.op("floor_divide.Scalar", self=a, other=by)
+
+    def chunked(self, length: int = 3, start: Size = 0) -> Value:
+        """Keys of the query's chunk; the first chunk lacks its ``start`` first positions."""
+        return self.compare("eq", self.divided(self.key(start), length), self.divided(self.query(start), length))
+
+    def same(self, row: Value) -> Value:
+        """Where a row ``[batch, keys]`` has the same number at the query and at the key (of as many of both)."""
+        return self.compare("eq", self.at_query(row), self.padding(row))
+
+    def packed(self) -> Value:
+        return self.same(self.input("segments", torch.int64))
+
+    def numbered(self, positions: Value) -> Value:
+        """Numbers of packed sequences from positions that begin anew: as transformers counts them."""
+        first = self.minus(self.slice(positions, 1, 0, 1), 1)
+        steps = self.op("diff.default", self=positions, prepend=first, dim=1)
+        return self.op("cumsum.default", self=self.compare("ne", steps, 1), dim=1)
+
+    def shorter(self) -> Value:
+        """Keys before a length for each batch."""
+        return self.compare("lt", self.key(), self.each("lengths"))
+
+    def cut(self, table: Tensor, row: Size = 0, column: Size = 0) -> Value:
+        """A part of a constant table ``[..., N, M]`` for these queries and keys."""
+        rank = table.dim()
+        rows = self.slice(self.table(table), rank - 2, row, row + self.queries)
+        return self.slice(rows, rank - 1, column, column + self.keys)
 
     def padding(self, mask: Value | None = None) -> Value:
         """``[batch, 1, 1, keys]``."""
@@ -166,16 +205,24 @@ SIZES = (
 
 # A claim against the evaluated mask, by other means than graphopt's
 
+#: Integers that half and single precision round to their neighbour, beside small ones.
+LARGE = torch.tensor([-1, 0, 1, 2, 2048, 2049, 1 << 24, (1 << 24) + 1])
+
 
 def inputs_at(builder: Builder, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    """Inputs of random truths and small integers, of both signs at every second seed."""
+    """Inputs of random truths and integers: of both signs at every second seed, large ones at every fifth."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, value in builder.graph.inputs.items():
         dtype = value.type.dtype
         shape = [int(size) for size in value.type.concrete(sizes).shape]  # type: ignore[arg-type]
-        low, high = (0, 2) if dtype == torch.bool else (-2 * (seed % 2) * dtype.is_signed, 4 + 4 * (seed % 3 == 0))
-        made[name] = torch.randint(low, high, shape, generator=generator).to(dtype)
+        if dtype == torch.bool or name in builder.graph.truths:
+            made[name] = torch.randint(0, 2, shape, generator=generator).to(dtype)
+        elif dtype in (torch.int32, torch.int64) and seed % 5 == 4:
+            made[name] = LARGE[torch.randint(0, len(LARGE), shape, generator=generator)].to(dtype)
+        else:
+            least, most = -2 * (seed % 2) * dtype.is_signed, 3 + 4 * (seed % 3 == 0)
+            made[name] = torch.randint(least, most + 1, shape, generator=generator).to(dtype)
     return made
 
 

@@ -6,8 +6,11 @@ from graphopt.backends.onnx.attention import STANDARD_FORMS
 from graphopt.backends.onnx.convolutions import CONVOLUTIONS
 from graphopt.backends.onnx.emitter import Dialect
 from graphopt.backends.onnx.lowerings import LOWERINGS
+from graphopt.backends.onnx.moves import MOVES
 from graphopt.backends.onnx.routing import ROUTING
 
 OPSET = 23
 
-STANDARD = Dialect("standard", {"": OPSET}, LOWERINGS | CONVOLUTIONS | ROUTING, {"graphopt.attention": STANDARD_FORMS})
+STANDARD = Dialect(
+    "standard", {"": OPSET}, LOWERINGS | MOVES | CONVOLUTIONS | ROUTING, {"graphopt.attention": STANDARD_FORMS}
+)

@@ -142,97 +142,13 @@ def _to(e: Emitter, node: Node) -> Lowered:
     return e.cast(e.value(node.args["self"]), node.args["self"].type.dtype, _dtype(node))
 
 
-@lowers("aten.reshape")
-def _reshape(e: Emitter, node: Node) -> Lowered:
-    source = node.args["self"]
-    if source.type == node.output.type:
-        return e.value(source)
-    return Reshaped(e.elements(source))
-
-
-@lowers("aten.unsqueeze", "aten.squeeze")
-def _unsqueeze(e: Emitter, node: Node) -> Lowered:
-    if node.op != "aten.unsqueeze.default":
-        return Reshaped(e.elements(node.args["self"]))
-    return e.op("Unsqueeze", e.value(node.args["self"]), e.constant(np.array([node.args["dim"]], np.int64)))
-
-
-@lowers("aten.expand")
-def _expand(e: Emitter, node: Node) -> Lowered:
-    return e.op("Expand", e.value(node.args["self"]), e.vector(node.output.type.shape))
-
-
-@lowers("aten.view_as_real", "aten.view_as_complex")
-def _pairs(e: Emitter, node: Node) -> Lowered:
-    """Complex numbers are pairs of reals already."""
-    return e.value(node.args["self"])
-
-
-@lowers("aten.transpose")
-def _transpose(e: Emitter, node: Node) -> Lowered:
-    order = list(range(len(node.output.type.shape)))
-    a, b = node.args["dim0"], node.args["dim1"]
-    order[a], order[b] = order[b], order[a]
-    return e.op("Transpose", e.value(node.args["self"]), perm=order)
-
-
-@lowers("aten.permute")
-def _permute(e: Emitter, node: Node) -> Lowered:
-    return e.op("Transpose", e.value(node.args["self"]), perm=list(node.args["dims"]))
-
-
-@lowers("aten.slice")
-def _slice(e: Emitter, node: Node) -> Lowered:
-    args = node.args
-    bounds = [e.size(args[key]) for key in ("start", "end")]
-    axis, step = (e.constant(np.array([args[key]], np.int64)) for key in ("dim", "step"))
-    return e.op("Slice", e.value(args["self"]), *bounds, axis, step)
-
-
-@lowers("aten.select")
-def _select(e: Emitter, node: Node) -> Lowered:
-    return e.op("Gather", e.value(node.args["self"]), e.scalar(node.args["index"]), axis=node.args["dim"])
-
-
-@lowers("aten.cat")
-def _cat(e: Emitter, node: Node) -> Lowered:
-    parts = [e.arg(tensor, _dtype(node)) for tensor in node.args["tensors"]]
-    return e.op("Concat", *parts, axis=node.args["dim"])
-
-
-@lowers("aten.stack")
-def _stack(e: Emitter, node: Node) -> Lowered:
-    axis = node.args["dim"]
-    new = e.constant(np.array([axis], np.int64))
-    parts = [e.op("Unsqueeze", e.arg(tensor, _dtype(node)), new) for tensor in node.args["tensors"]]
-    return e.op("Concat", *parts, axis=axis)
-
-
-@lowers("aten.split_with_sizes", "aten.split", "aten.chunk")
-def _split(e: Emitter, node: Node) -> Lowered:
-    axis = node.args["dim"]
-    sizes = e.vector([value.type.shape[axis] for value in node.outputs])
-    return e.op_several("Split", e.value(node.args["self"]), sizes, outputs=len(node.outputs), axis=axis)
-
-
-@lowers("aten.unbind")
-def _unbind(e: Emitter, node: Node) -> Lowered:
-    source, axis = e.value(node.args["self"]), node.args["dim"]
-    return [e.op("Gather", source, e.scalar(index), axis=axis) for index in range(len(node.outputs))]
-
-
-@lowers("aten.full")
-def _full(e: Emitter, node: Node) -> Lowered:
-    number = e.arg(node.args["fill_value"], _dtype(node))
-    return number if not node.output.type.shape else e.op("Expand", number, e.vector(node.output.type.shape))
-
-
-@lowers("aten.arange")
-def _arange(e: Emitter, node: Node) -> Lowered:
-    parts = [node.args[key] for key in ("start", "end", "step")]
-    if any(isinstance(part, float) for part in parts):
-        return e.op("Range", *(e.arg(part, _dtype(node)) for part in parts))
-    return e.cast(e.op("Range", *map(e.scalar, parts)), torch.int64, _dtype(node))
+@lowers("aten.clamp")
+def _clamp(e: Emitter, node: Node) -> Lowered:
+    x, dtype = e.arg(node.args["self"], _dtype(node)), _dtype(node)
+    for op_type, end in (("Max", node.args["min"]), ("Min", node.args["max"])):
+        if end is not None:
+            x = e.op(op_type, x, e.arg(end, dtype))
+    return x
 
 
 @lowers("aten.where")
@@ -247,27 +163,15 @@ def _masked_fill(e: Emitter, node: Node) -> Lowered:
     return e.op("Where", e.value(node.args["mask"]), fill, e.value(node.args["self"]))
 
 
-@lowers("aten.embedding")
-def _embedding(e: Emitter, node: Node) -> Lowered:
-    return e.op("Gather", e.value(node.args["weight"]), e.value(node.args["indices"]), axis=0)
-
-
-@lowers("aten.gather")
-def _gather(e: Emitter, node: Node) -> Lowered:
-    source, index = node.args["self"], node.args["index"]
-    axis = node.args["dim"]
-    if all(size == 1 for other, size in enumerate(source.type.shape) if other != axis):
-        return e.op("Gather", e.reshape(e.elements(source), (source.type.shape[axis],)), e.value(index), axis=0)
-    for other, (size, indexed) in enumerate(zip(source.type.shape, index.type.shape, strict=True)):
-        if other != axis and size != indexed:
-            raise Unsupported("a gather of a part of the other axes")  # ONNX wants them equal
-    return e.op("GatherElements", e.value(source), e.value(index), axis=axis)
-
-
 @lowers("aten.matmul", "aten.bmm")
 def _matmul(e: Emitter, node: Node) -> Lowered:
     second = node.args["other"] if "other" in node.args else node.args["mat2"]
     return e.op("MatMul", e.value(node.args["self"]), e.value(second))
+
+
+@lowers("aten.einsum")
+def _einsum(e: Emitter, node: Node) -> Lowered:
+    return e.op("Einsum", *map(e.value, node.args["tensors"]), equation=node.args["equation"])
 
 
 @lowers("aten.linear")
