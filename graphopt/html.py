@@ -411,29 +411,31 @@ def _verdict(report: BuildReport) -> Verdict:
 def _figures(report: BuildReport) -> list[Figure]:
     found = [_engine_figure(report.engine)]
     if report.passes:
-        first, last = report.passes[0], report.passes[-1]
-        nodes = f"{_count(first.nodes_before)} → {_count(last.nodes_after)}"
-        found.append(
-            Figure(
-                "Graph nodes",
-                nodes,
-                f"{_signed(last.nodes_after - first.nodes_before)} by {_some(len(report.passes), 'pass', 'es')}",
-            )
-        )
-        found.append(_weight_figure(first, last))
+        found += [_node_figure(report.passes), _weight_figure(report.passes)]
     if report.attentions:
         found.append(_attention_figure(report.attentions))
-    found.append(Figure("Build time", f"{sum(report.seconds.values()):.1f} s", "trace, proofs and engine"))
-    return found
+    return [*found, Figure("Build time", f"{sum(report.seconds.values()):.1f} s", "trace, proofs and engine")]
 
 
 def _engine_figure(engine: StageParity | None) -> Figure:
-    label = "Largest difference of the engine"
+    label = "Largest difference"
     if engine is None:
-        return Figure(label, "unknown", "it was not compared with eager")
-    largest = max(_differences(engine), default=None)
-    note = f"absolute, in {largest[1]} at {largest[2]}" if largest and largest[0] else "equal to eager in every bit"
+        return Figure(label, "unknown", "the engine was not compared with eager")
+    size, output, sizes = max(_differences(engine), default=(0.0, "", ""))
+    note = f"of the engine, in {output} at {sizes}" if size else "of the engine: none on any probe"
     return Figure(label, _number(engine.max_abs), f"{note}; {_share(_decades(engine))} of its limit")
+
+
+def _node_figure(steps: list[PassReport]) -> Figure:
+    before, after = steps[0].nodes_before, steps[-1].nodes_after
+    note = f"{_signed(after - before)} by {_some(len(steps), 'pass', 'es')}"
+    return Figure("Graph nodes", f"{_count(before)} → {_count(after)}", note)
+
+
+def _weight_figure(steps: list[PassReport]) -> Figure:
+    before, after = steps[0].bytes_before, steps[-1].bytes_after
+    note = f"{_signed(after - before, _size)} from {_size(before)}" if after != before else "unchanged"
+    return Figure("Weights", _size(after), note)
 
 
 def _differences(parity: StageParity) -> list[Difference]:
@@ -446,19 +448,13 @@ def _sizes(sizes: Mapping[str, int]) -> str:
     return f"{NO_BREAK}{TIMES}{NO_BREAK}".join(str(size) for size in sizes.values())
 
 
-def _weight_figure(first: PassReport, last: PassReport) -> Figure:
-    before, after = first.bytes_before, last.bytes_after
-    note = f"{_signed(after - before, _size)} from {_size(before)}" if after != before else "unchanged"
-    return Figure("Weights", _size(after), note)
-
-
 def _attention_figure(attentions: list[AttentionReport]) -> Figure:
     fused = sum(attention.fused for attention in attentions)
     biased = sum(bool(attention.unproven) or "bias" in attention.mask.split(", ") for attention in attentions)
     note = f"{_count(biased)} with a bias tensor" if biased else "no bias tensor in any"
     if fused < len(attentions):
         note = f"{_count(len(attentions) - fused)} left as the model spells them"
-    return Figure("Attentions that are one op", f"{_count(fused)} of {_count(len(attentions))}", note)
+    return Figure("Attentions as one op", f"{_count(fused)} of {_count(len(attentions))}", note)
 
 
 def _ports(manifest: Manifest) -> list[Port]:
