@@ -18,12 +18,13 @@ from pydantic import ValidationError
 
 from graphopt.backend import backend_class
 from graphopt.errors import EngineError
+from graphopt.html import render
 from graphopt.ir import Graph
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.manifest import FORMAT, Manifest
 from graphopt.text import parse
 
-MANIFEST, GRAPH = "manifest.json", "graph.gir"
+MANIFEST, GRAPH, REPORT = "manifest.json", "graph.gir", "report.html"
 
 
 @contextlib.contextmanager
@@ -73,12 +74,14 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Complete the manifest with the digests of the folder's files that it does not know yet, and write it."""
+    """Complete the manifest with the digests of the folder's files that it does not know yet; write it, and the report."""
     files = dict(manifest.files)
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name != MANIFEST:
+        if path.name not in files and path.name not in (MANIFEST, REPORT):
             files[path.name] = sha256(path)
     manifest = manifest.model_copy(update={"files": files})
+    (folder / REPORT).write_text(render(manifest))
+    manifest = manifest.model_copy(update={"files": files | {REPORT: sha256(folder / REPORT)}})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
     return manifest
 

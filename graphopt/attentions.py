@@ -11,6 +11,7 @@ from graphopt.ir import Graph, Node, Value
 from graphopt.schemas.report import AttentionReport, RefusalReport
 
 FUSED = "graphopt.attention.default"
+PROOF = "ProveMask"  # the rule that says why a mask stays a bias
 _SDPA = "aten.scaled_dot_product_attention"
 _SOFTMAX = frozenset({"aten.softmax", "aten._softmax", "aten._safe_softmax"})
 _PRODUCTS = frozenset({"aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum"})
@@ -78,18 +79,28 @@ def _users(node: Node) -> Iterator[Node]:
 
 def table(graph: Graph, refusals: Iterable[RefusalReport]) -> list[AttentionReport]:
     """Every attention of a graph in its order: fused ones as they are, the others with the reason they are not."""
-    reasons = {refusal.where: refusal.reason for refusal in refusals}
+    reasons: dict[tuple[str, bool], str] = {}
+    for refusal in refusals:
+        reasons.setdefault((_place(refusal.where), refusal.rule == PROOF), refusal.reason)
     left = unfused(graph)
     rows = []
     for node in graph.nodes:
         if node.op == FUSED:
-            unproven = reasons.get(node.where, "")
+            has_bias = node.args["bias"] is not None
+            unproven = reasons.get((_place(node.where), True), "") if has_bias else ""
             rows.append(describe(node).model_copy(update={"unproven": unproven}))
         elif node in left:
             product = weighed(node)[0]
-            reason = reasons.get(product.where, "fuse_attention was not run")
+            reason = reasons.get((_place(product.where), False), "fuse_attention was not run")
             rows.append(AttentionReport(name=product.output.name, where=product.where, refusal=reason))
     return rows
+
+
+def _place(where: str) -> str:
+    """The module and source line of a node's place, which stay when passes rename it; its name where there are none."""
+    name, _, origin = where.partition(", from ")
+    lines = [part for part in origin.split(" | ") if ":" in part or "." in part]
+    return " | ".join(lines) or name
 
 
 def describe(node: Node) -> AttentionReport:

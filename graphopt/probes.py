@@ -36,8 +36,10 @@ def sampler_like(
             for name, example in examples.items()
         }
         if mask is not None:
-            hidden = made[mask] == 0
-            made |= {name: made[name].masked_fill(hidden, filler) for name, filler in (padding or {}).items()}
+            for name, filler in (padding or {}).items():
+                other = (filler + 1) % known.get(name, filler + 2)
+                real = made[name].masked_fill(made[name] == filler, other)  # a real token is no padding token
+                made[name] = real.masked_fill(made[mask] == 0, filler)
         return made
 
     return sample

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphopt import operators
-from graphopt.dims import Dim, Size, evaluate
+from graphopt.dims import Dim, Size, evaluate, names_of
 from graphopt.execution import run
 from graphopt.inference import rederive
 from graphopt.ir import DimRange, Graph, TensorType, Value, Weight, leaves
@@ -22,16 +22,21 @@ OLD_LOW = -10000.0  # of older models
 
 
 class Builder:
-    """A graph of masks for ``queries`` x ``keys`` positions: names of dims, or numbers. ``least`` is the dims' minimum."""
+    """A graph of masks for ``queries`` x ``keys`` positions: sizes by name (``past + queries``), or numbers. ``least`` is the
+    minimum of those that are named, but for the batch's."""
 
-    def __init__(self, queries: str | int = "queries", keys: str | int = "keys", least: int = 1) -> None:
+    def __init__(
+        self, queries: str | int = "queries", keys: str | int = "keys", least: int = 1, batch: str | int = "batch"
+    ) -> None:
         self.graph = Graph()
-        self.sizes = {name: None for name in ("batch", queries, keys) if isinstance(name, str)}
-        self.graph.dims = {name: DimRange(1 if name == "batch" else least) for name in self.sizes}
+        self.batch, self.queries, self.keys = (Dim.parse(str(size)) for size in (batch, queries, keys))
+        names = [names_of(size) for size in (self.batch, self.queries, self.keys)]
+        self.sizes = list(dict.fromkeys(name for found in names for name in sorted(found)))
+        self.graph.dims = {name: DimRange(1 if name == batch else least) for name in self.sizes}
         self.least = least
-        self.batch: Size = Dim.named("batch")
-        self.queries, self.keys = (Dim.named(n) if isinstance(n, str) else n for n in (queries, keys))
         self.graph.add_input("x", TensorType(torch.float32, (self.batch, self.queries, self.keys)))
+        for name in set(self.sizes) - {batch, queries, keys}:
+            self.graph.add_input(name, TensorType(torch.float32, (Dim.named(name),)))
         self.mask = self.input("mask", torch.bool)
         self.other = self.input("other", torch.bool)
         self.numbers = self.input("numbers", torch.int64)
@@ -182,7 +187,7 @@ class Builder:
         return prove(self.graph, values, self.queries, self.keys)
 
 
-_PROBE = {"batch": 1009, "queries": 2003, "keys": 4001, "sequence": 8009}
+_PROBE = {"batch": 1009, "queries": 2003, "keys": 4001, "sequence": 8009, "past": 16001}
 
 
 def _types_of(op: str, args: Mapping[str, Any]) -> list[TensorType] | None:
@@ -193,9 +198,10 @@ def _types_of(op: str, args: Mapping[str, Any]) -> list[TensorType] | None:
     known = {evaluate(size, _PROBE): size for size in sizes if isinstance(size, Dim)}
     types = []
     for concrete in rederive(op, operators.bind(op, (), args), _PROBE):
-        if any(size > 1000 and size not in known for size in concrete.shape):
+        shape = tuple(known.get(size, size) for size in concrete.shape)
+        if any(isinstance(size, int) and size > 1000 for size in shape):
             return None
-        types.append(TensorType(concrete.dtype, tuple(known.get(size, size) for size in concrete.shape)))
+        types.append(TensorType(concrete.dtype, shape))
     return types
 
 
@@ -214,7 +220,7 @@ LARGE = torch.tensor([-1, 0, 1, 2, 2048, 2049, 1 << 24, (1 << 24) + 1])
 
 
 def inputs_at(builder: Builder, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    """Inputs of random truths and integers: of both signs at every second seed, large ones at every fifth."""
+    """Inputs of random truths and numbers: of both signs at every second seed, large integers at every fifth."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, value in builder.graph.inputs.items():
@@ -294,8 +300,9 @@ def assert_true(
     given = {**inputs_at(builder, sizes, seed), **(inputs or {})}
     masks, seen = evaluated(builder, [values] if isinstance(values, Value) else values, given)
     batch, queries, keys = given["x"].shape
-    expected = claimed_keys(claim, seen, batch, queries, keys)
-    got = torch.stack([visible_keys(mask).expand(batch, 1, queries, keys) for mask in masks]).all(0)
+    heads = max(mask.shape[-3] if mask.dim() > 2 else 1 for mask in masks)
+    expected = claimed_keys(claim, seen, batch, queries, keys).expand(batch, heads, queries, keys)
+    got = torch.stack([visible_keys(mask).expand(batch, heads, queries, keys) for mask in masks]).all(0)
     assert torch.equal(got, expected), (
         f"claimed {claim}, but at {dict(sizes)} with {given} it is\n{got.int()}\nnot\n{expected.int()}\n{builder.graph}"
     )

@@ -1,19 +1,27 @@
-"""What the tests of passes share: apply rules to the text of a graph, run a text at sizes, compare two of them."""
+"""What the tests of passes share: apply rules to the text of a graph, run a text at sizes, compare two of them.
+
+A line of a text may leave out its types, ``%t = aten.transpose.int(self=%k, dim0=2, dim1=3)``: it gets the derived ones."""
 
 from __future__ import annotations
 
+import functools
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import graphopt
+from graphopt import attentions
+from graphopt.dims import Dim
 from graphopt.execution import run
+from graphopt.inference import infer
 from graphopt.ir import Graph, TensorType
-from graphopt.pipeline import Context, Pass, diff_text, run_passes
+from graphopt.pipeline import Context, Pass, diff_text, load_passes, run_passes
 from graphopt.rewrite import Rule, apply_rules
-from graphopt.text import parse
+from graphopt.text import parse, parse_type
 
 #: The traced size, one that is not nice, and the smallest.
 SIZES: tuple[dict[str, int], ...] = (
@@ -21,6 +29,28 @@ SIZES: tuple[dict[str, int], ...] = (
     {"batch": 3, "sequence": 7, "keys": 5},
     {"batch": 1, "sequence": 1, "keys": 1},
 )
+
+# Heads of texts
+
+DIMS = """
+    dim batch in [1, ...]
+    dim sequence in [1, ...]
+"""
+QKV = f"""{DIMS}
+    dim keys in [1, ...]
+    input %q: f32[batch, 4, sequence, 8]
+    input %k: f32[batch, 4, keys, 8]
+    input %v: f32[batch, 4, keys, 6]
+"""
+GROUPED = QKV.replace("batch, 4, keys", "batch, 2, keys")
+"""Two heads of keys and values."""
+SQUARE = QKV.replace("dim keys in [1, ...]", "").replace("keys", "sequence")
+"""As many keys as queries."""
+
+
+def attention(head: str, *args: str, qkv: str = "q=%q, k=%k, v=%v") -> str:
+    """A graph of one attention."""
+    return f"{head}\n%o = graphopt.attention.default({', '.join((qkv, *args))})\noutput y = %o"
 
 
 @dataclass(frozen=True)
@@ -32,10 +62,32 @@ class Applied:
     reasons: list[str]
 
 
+@functools.cache
 def program(body: str) -> str:
-    """The text of a graph from its lines, however they are indented."""
-    lines = [line.strip() for line in body.strip().splitlines()]
-    return "graph {\n" + "".join(f"  {line}\n" for line in lines if line) + "}\n"
+    """The text of a graph from its lines, however they are indented, with the types that they leave out."""
+    lines: list[str] = []
+    for line in filter(None, map(str.strip, body.splitlines())):
+        lines.append(_typed(lines, line))
+    return _braced(lines)
+
+
+def _braced(lines: Sequence[str]) -> str:
+    return "graph {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
+
+
+_UNTYPED = re.compile(r"(%[\w.]+(?:, %[\w.]+)*) = (.*)$")
+
+
+def _typed(before: Sequence[str], line: str) -> str:
+    found = _UNTYPED.match(line)
+    if found is None:
+        return line
+    names = found[1].split(", ")
+    anything = ", ".join(f"{name}: f32[1]" for name in names)
+    node = parse(_braced([*before, f"{anything} = {found[2]}"])).value(names[0][1:]).producer
+    assert node is not None
+    types = infer(node.op, node.args)
+    return ", ".join(f"{name}: {type}" for name, type in zip(names, types, strict=True)) + f" = {found[2]}"
 
 
 def read(body: str) -> Graph:
@@ -76,11 +128,11 @@ def pass_on(graph: Graph, step: Pass, context: Context | None = None) -> Applied
 
 
 def assert_refuses(body: str, rule: Rule, *reasons: str) -> None:
-    """The rule matches, refuses with exactly these reasons, and leaves the graph as it was."""
-    applied = apply(body, rule)
+    """The rule matches, refuses with exactly these reasons, and leaves the graph as it was, but for what is dead."""
+    applied, untouched = apply(body, rule), apply(body).text
     assert applied.reasons == list(reasons), f"it says {applied.reasons}"
     assert applied.matches == {}, applied.matches
-    assert applied.text == program(body), difference(program(body), applied.text)
+    assert applied.text == untouched, difference(untouched, applied.text)
 
 
 def assert_not_matched(body: str, *rules: Rule) -> None:
@@ -172,3 +224,58 @@ def assert_fires(case: Case) -> None:
 def assert_equal(case: Case) -> None:
     """What the rule makes computes the same, at every size."""
     assert_equal_runs(program(case.before), program(case.after))
+
+
+def assert_becomes(body: str, after: str, rules: Sequence[Rule], sizes: Sequence[Mapping[str, int]] = SIZES) -> None:
+    """The first rule fires once; with the others it makes this text, up to the names of what nodes compute, which
+    computes the same."""
+    applied = apply(body, *rules)
+    expected, got = _numbered(program(after)), _numbered(applied.text)
+    assert got == expected, difference(expected, got)
+    assert applied.matches[rules[0].name] == 1, applied.matches
+    assert applied.reasons == [], applied.reasons
+    assert_equal_runs(program(body), applied.text, sizes)
+
+
+def _numbered(text: str) -> str:
+    """The text with numbers for the names of what its nodes compute."""
+    names = [name for line in text.splitlines() if line.startswith("  %") for name in _DEFINED.findall(line)]
+    numbers = {name: f"%{index}" for index, name in enumerate(names)}
+    return re.sub(r"%[\w.]+", lambda found: numbers.get(found[0], found[0]), text)
+
+
+_DEFINED = re.compile(r"(%[\w.]+): ")
+
+
+def assert_keeps(body: str, *rules: Rule, sizes: Sequence[Mapping[str, int]] = SIZES) -> None:
+    """Whatever the rules do, the graph computes the same."""
+    assert_equal_runs(program(body), apply(body, *rules).text, sizes)
+
+
+# Traced functions
+
+
+def traced(function: Callable[..., Tensor], types: Mapping[str, str]) -> Graph:
+    """The graph of a function of tensors of these types, as ``{"q": "f32[batch, 4, sequence, 8]"}``."""
+    module = nn.Module().eval()
+    module.forward = function
+    parsed = {name: parse_type(type) for name, type in types.items()}
+    axes = {name: [str(size) if isinstance(size, Dim) else None for size in t.shape] for name, t in parsed.items()}
+    return graphopt.trace(module, {name: tensor_of(name, type, SIZES[0]) for name, type in parsed.items()}, axes)
+
+
+def fused(function: Callable[..., Tensor], types: Mapping[str, str], *before: str) -> Graph:
+    """The function's graph after ``canonicalize`` and ``fuse_attention``, with one attention that is one op. It computes
+    what the function does, at sizes that were not traced too."""
+    graph = traced(function, types)
+    steps = (*before, "canonicalize", "fuse_attention")
+    run_passes(graph, load_passes([{"kind": kind, "allow_no_match": True} for kind in steps]))
+    assert (len(attentions.fused(graph)), len(attentions.unfused(graph))) == (1, 0), str(graph)
+    assert_computes_as(graph, function)
+    return graph
+
+
+def assert_computes_as(graph: Graph, function: Callable[..., Tensor]) -> None:
+    for size in SIZES:
+        inputs = inputs_of(graph, size)
+        assert_close(run(graph, inputs)["output"], function(**inputs))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 import graphopt
 from graphopt.artifact import staged
+from graphopt.backends.onnx.weights import ALIGNMENT, INLINE
 from graphopt.errors import EngineError, GraphoptError, MissingBackendError
 from tests.tiny import tiny_bert
 
@@ -49,7 +52,27 @@ def test_what_is_inside(engine: Path) -> None:
     assert sorted(content["files"]) == ["graph.gir", "model.onnx", "model.onnx.data"]
     assert content["inputs"]["input_ids"] == {"dtype": "i64", "shape": ["batch", "sequence"]}
     assert content["versions"].keys() >= {"torch", "transformers", "onnxruntime"}
-    assert [step["kind"] for step in content["pipeline"]["passes"]][:2] == ["canonicalize", "fuse_attention"]
+    kinds = [step["kind"] for step in content["pipeline"]["passes"]]
+    assert kinds[:3] == ["decompose_complex", "canonicalize", "fuse_attention"]
+
+
+def test_large_weights_lie_aligned_in_the_data_file_and_small_ones_in_the_model(engine: Path) -> None:
+    model = onnx.load(str(engine / "model.onnx"), load_external_data=False)
+    size = (engine / "model.onnx.data").stat().st_size
+    ends = [0]
+    for tensor in model.graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            assert len(tensor.raw_data) <= INLINE
+            continue
+        assert place["location"] == "model.onnx.data"
+        offset, length = int(place["offset"]), int(place["length"])
+        assert offset % ALIGNMENT == 0
+        assert length == math.prod(tensor.dims) * 4 > INLINE
+        assert ends[-1] <= offset < ends[-1] + ALIGNMENT
+        ends.append(offset + length)
+    assert len(ends) > 1
+    assert ends[-1] == size
 
 
 def damage(folder: Path) -> None:

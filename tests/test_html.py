@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import graphopt
-from graphopt import html
+from graphopt import html, html_stages, html_views
 from graphopt.schemas.manifest import Manifest, TensorSpec
 from graphopt.schemas.pipeline import PipelineConfig
 from graphopt.schemas.report import (
@@ -39,13 +39,15 @@ HEADINGS = [
     "Tactics", "Warnings", "Time", "Files", "Reproduce",
 ]  # fmt: skip
 
+SQUARE = f"sequence {html_views.TIMES} sequence"
+
 
 class Page(HTMLParser):
     """A page as its elements and text; AssertionError for a tag that is not closed where it must be."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
+        self.open: list[tuple[str, int]] = []  # with which of its tag it is
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.within: dict[str, list[str]] = {}
         self.words: list[str] = []
@@ -58,8 +60,9 @@ class Page(HTMLParser):
         assert len(dict(attrs)) == len(attrs), f"an attribute of {tag} stands twice"
         if tag not in VOID:
             assert tag not in LEAVES, f"{tag} is not closed"
-            self.open.append(tag)
-            self.within.setdefault(tag, []).append("")
+            found = self.within.setdefault(tag, [])
+            self.open.append((tag, len(found)))
+            found.append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in LEAVES
@@ -67,14 +70,14 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open, f"{tag} is closed and was not open"
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
         if tag in {"td", "th"}:
             self.handle_data(" | ")  # between the cells of a row
 
     def handle_data(self, data: str) -> None:
-        for tag in set(self.open):
-            self.within[tag][-1] += data
-        if not {"style", "script"} & set(self.open):
+        for tag, index in self.open:
+            self.within[tag][index] += data
+        if not {"style", "script"} & {tag for tag, _ in self.open}:
             self.words.append(data)
 
     @property
@@ -164,7 +167,7 @@ def test_every_pass_attention_and_refusal_is_there(page: Page, built: Manifest) 
             assert rule in page.texts("code")
         for refusal in done.refusals:
             assert refusal.rule in page.text
-            assert html._place(refusal.where).source in page.text
+            assert html_stages.place_of(refusal.where).source in page.text
     assert report.attentions
     for attention in report.attentions:
         assert attention.name in page.text
@@ -302,8 +305,8 @@ def test_a_broken_contract_is_the_first_thing_to_see() -> None:
     assert "✗ Not within its contract: fuse, engine" in page.text
     assert page.texts("strong") == ["✗ broken"] * 6  # for both: in the table, in the summary, in the details
     rows = [row for row in page.texts("tr") if "broken" in row]
-    assert [f"30 {html.TIMES}" in row for row in rows] == [True, False]
-    assert [f"> 1000 {html.TIMES}" in row for row in rows] == [False, True]
+    assert [f"30 {html_views.TIMES}" in row for row in rows] == [True, False]
+    assert [f"> 1000 {html_views.TIMES}" in row for row in rows] == [False, True]
 
 
 def test_what_was_not_compared_is_said() -> None:
@@ -326,8 +329,8 @@ def test_equal_layers_are_one_row() -> None:
     page = page_of(BuildReport(attentions=[*(layer(index) for index in range(96)), *others]))
     rows = [text for text in page.texts("tr") if "8 / 2" in text]
     assert rows == [
-        f"attention_0 … attention_99 | 99 | ✓ yes | 8 / 2 | 64 / 32 | sequence {html.TIMES} sequence | causal, key padding | — |",
-        f"attention_96 | 1 | ✓ yes | 8 / 2 | 64 / 32 | sequence {html.TIMES} sequence | causal | — |",
+        f"attention_0 … attention_99 | 99 | ✓ yes | 8 / 2 | 64 / 32 | {SQUARE} | causal, key padding | — |",
+        f"attention_96 | 1 | ✓ yes | 8 / 2 | 64 / 32 | {SQUARE} | causal | — |",
     ]
     for index in (0, 50, 99):
         assert f"attention_{index} | layers.{index}.attn |" in page.texts("tr")
@@ -340,10 +343,10 @@ def test_reasons_that_differ_in_names_are_one_group() -> None:
     refusals = [RefusalReport(rule="ProveMask", where=a.where, reason=a.unproven) for a in layers]
     refusals.append(RefusalReport(rule="Other", where="nowhere", reason="because"))
     page = page_of(BuildReport(passes=[step(refusals=refusals)], attentions=layers))
-    assert f"5 {html.TIMES} ProveMask the mask %… stays a bias: it adds values" in page.text
+    assert f"5 {html_views.TIMES} ProveMask the mask %… stays a bias: it adds values" in page.text
     assert "Not proven: the mask %… stays a bias: it adds values" in page.text
     assert "%attention_3 | %unsqueeze_3 | layers.3.attn |" in page.texts("tr")  # no name is lost
-    assert f"1 {html.TIMES} Other because" in page.text
+    assert f"1 {html_views.TIMES} Other because" in page.text
     assert "nowhere" in page.texts("code")
 
 
@@ -364,7 +367,7 @@ def test_long_diffs_are_cut_between_lines() -> None:
     shown = page.within["del"][0].splitlines()
     assert shown == lines[: len(shown)]
     size = sum(len(f"{line}\n".encode()) for line in shown)
-    assert html.DIFF_BYTES - 60 < size <= html.DIFF_BYTES
+    assert html_stages.DIFF_BYTES - 60 < size <= html_stages.DIFF_BYTES
     assert f"{len(lines) - len(shown):,} more lines are left out" in page.text
     assert "manifest.json" in page.texts("code")
     assert "graph.gir" in page.texts("code")
@@ -393,44 +396,44 @@ def test_the_chosen_form_is_marked() -> None:
         (parity(1e-7), "0.1 %", 42.9),
         (parity(1e-4), "100 %", 85.7),
         (parity(5e-4), "500 %", 95.7),
-        (parity(float("inf")), f"> 1000 {html.TIMES}", 100),
-        (parity(float("nan")), f"> 1000 {html.TIMES}", 100),
+        (parity(float("inf")), f"> 1000 {html_views.TIMES}", 100),
+        (parity(float("nan")), f"> 1000 {html_views.TIMES}", 100),
         (parity(0.0, 0.0), "0 %", 0),
-        (parity(1.0, 0.0), f"> 1000 {html.TIMES}", 100),
+        (parity(1.0, 0.0), f"> 1000 {html_views.TIMES}", 100),
         (parity(0.9999, 0.999, metric="cosine", holds=True), "10 %", 71.4),
         (parity(80, 60, metric="snr", holds=True), "10 %", 71.4),
         (parity(float("inf"), 60, metric="snr", holds=True), "0 %", 0),
     ],
 )
 def test_bars(found: StageParity, share: str, fill: float) -> None:
-    made = html._parity(found)
+    made = html_stages._parity(found)
     assert made is not None
-    assert (made.share, made.bar.fill, made.bar.tick) == (share, fill, 85.7)
+    assert (made.share.replace(html_views.NO_BREAK, " "), made.bar.fill, made.bar.tick) == (share, fill, 85.7)
 
 
 @pytest.mark.parametrize(
     ("where", "place"),
     [
-        ("%a = aten.add.Tensor", html.Place("%a", "aten.add.Tensor")),
-        ("%a = aten.add.Tensor, from m.x", html.Place("%a", "aten.add.Tensor", "m.x")),
-        ("%a = o.p.q, from m.x | a/b.py:7 | one | two", html.Place("%a", "o.p.q", "m.x", "a/b.py:7", "one, two")),
-        ("%a = o.p.q, from a/b.py:7", html.Place("%a", "o.p.q", "", "a/b.py:7")),
-        ("anything else", html.Place("anything else")),
-        ("", html.Place("")),
+        ("%a = aten.add.Tensor", html_views.Place("%a", "aten.add.Tensor")),
+        ("%a = aten.add.Tensor, from m.x", html_views.Place("%a", "aten.add.Tensor", "m.x")),
+        ("%a = o.p.q, from m.x | a/b.py:7 | one | two", html_views.Place("%a", "o.p.q", "m.x", "a/b.py:7", "one, two")),
+        ("%a = o.p.q, from a/b.py:7", html_views.Place("%a", "o.p.q", "", "a/b.py:7")),
+        ("anything else", html_views.Place("anything else")),
+        ("", html_views.Place("")),
     ],
 )
-def test_places(where: str, place: html.Place) -> None:
-    assert html._place(where) == place
+def test_places(where: str, place: html_views.Place) -> None:
+    assert html_stages.place_of(where) == place
 
 
 def test_numbers() -> None:
-    assert [html._size(size) for size in (0, 999, 1000, 427_840, 90_900_000, 3_000_000_000)] == [
+    assert [html_views.bytes_text(size) for size in (0, 999, 1000, 427_840, 90_900_000, 3_000_000_000)] == [
         "0 B", "999 B", "1.0 kB", "427.8 kB", "90.9 MB", "3.0 GB",
     ]  # fmt: skip
-    assert [html._signed(number) for number in (-1200, 0, 3)] == [f"{html.MINUS}1,200", "0", "+3"]
+    assert [html_views.signed_text(number) for number in (-1200, 0, 3)] == [f"{html_views.MINUS}1,200", "0", "+3"]
     page = page_of(BuildReport(passes=[step()], seconds={"trace": 1.0, "build": 3.0}), files={"a": "b"})
-    assert f"Weights 2.0 kB {html.MINUS}2.0 kB from 4.0 kB" in page.text
-    assert f"1,200 → 900 {html.MINUS}300 by 1 pass" in page.text
+    assert f"Weights 2.0 kB {html_views.MINUS}2.0 kB from 4.0 kB" in page.text
+    assert f"1,200 → 900 {html_views.MINUS}300 by 1 pass" in page.text
     assert "build | 3.00 | 75 % | |" in page.texts("tr")
 
 

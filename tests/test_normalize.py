@@ -87,6 +87,8 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("aten.squeeze.default", ("x: f32[1, 3]",), {}, "aten.reshape.default(self=%x, shape=[3])"),
     ("aten.squeeze.dim", (X, 1), {}, "%x"),
     ("aten.view_as.default", (X, "y: f32[s, 12]"), {}, "aten.reshape.default(self=%x, shape=[s, 12])"),
+    ("aten.reshape_as.default", (X, "y: f32[s, 12]"), {}, "aten.reshape.default(self=%x, shape=[s, 12])"),
+    ("aten.reshape_as.default", (X, "y: f32[s, 3, 4]"), {}, "%x"),
     # expand
     ("aten.expand.default", ("x: f32[s, 1]", [-1, 4]), {}, "aten.expand.default(self=%x, size=[s, 4])"),
     ("aten.expand.default", (X, [-1, -1, -1]), {}, "%x"),
@@ -113,6 +115,10 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("aten.__and__.Tensor", ("x: bool[s]", "y: bool[s]"), {}, "aten.bitwise_and.Tensor(self=%x, other=%y)"),
     ("aten.__or__.Tensor", ("x: bool[s]", "y: bool[s]"), {}, "aten.bitwise_or.Tensor(self=%x, other=%y)"),
     ("aten.__xor__.Tensor", ("x: i64[s]", "y: i64[s]"), {}, "aten.bitwise_xor.Tensor(self=%x, other=%y)"),
+    # names
+    ("aten.multiply.Tensor", (X, "y: f32[4]"), {}, "aten.mul.Tensor(self=%x, other=%y)"),
+    ("aten.min.other", (X, "y: f32[4]"), {}, "aten.minimum.default(self=%x, other=%y)"),
+    ("aten.max.other", (X, "y: f32[4]"), {}, "aten.maximum.default(self=%x, other=%y)"),
     # full tensors
     ("aten.full.default", ([s, 2], 1.5), {}, "aten.full.default(size=[s, 2], fill_value=1.5, dtype=f32)"),
     ("aten.full.default", ([2], True), {}, "aten.full.default(size=[2], fill_value=True, dtype=bool)"),
@@ -124,6 +130,11 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("aten.ones.default", ([s],), {"dtype": I64}, "aten.full.default(size=[s], fill_value=1, dtype=i64)"),
     ("aten.ones_like.default", (X,), {}, "aten.full.default(size=[s, 3, 4], fill_value=1, dtype=f32)"),
     ("aten.new_ones.default", (X, [2]), {}, "aten.full.default(size=[2], fill_value=1, dtype=f32)"),
+    ("aten.empty.memory_format", ([s, 2],), {"dtype": I64}, "aten.full.default(size=[s, 2], fill_value=0, dtype=i64)"),
+    ("aten.empty_like.default", (X,), {}, "aten.full.default(size=[s, 3, 4], fill_value=0, dtype=f32)"),
+    ("aten.new_empty.default", (X, [2, s]), {}, "aten.full.default(size=[2, s], fill_value=0, dtype=f32)"),
+    ("aten.scalar_tensor.default", (2.5,), {}, "aten.full.default(size=[], fill_value=2.5, dtype=f32)"),
+    ("aten.scalar_tensor.default", (s,), {"dtype": I64}, "aten.full.default(size=[], fill_value=s, dtype=i64)"),
     ("aten.arange.default", (s,), {}, "aten.arange.start_step(start=0, end=s, dtype=i64)"),
     ("aten.arange.start", (2, s), {}, "aten.arange.start_step(start=2, end=s, dtype=i64)"),
     (
@@ -132,6 +143,13 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
         {"dtype": torch.float32},
         "aten.arange.start_step(start=0, end=8, step=2, dtype=f32)",
     ),
+    # joining tensors, empty ones among them
+    ("aten.cat.default", ([X, X], 1), {}, "aten.cat.default(tensors=[%x, %x], dim=1)"),
+    ("aten.cat.default", ([X], 1), {}, "%x"),
+    ("aten.cat.default", ([X, "y: f32[0]"],), {}, "%x"),
+    ("aten.cat.default", (["y: f32[0]", X, X], -1), {}, "aten.cat.default(tensors=[%x, %x], dim=2)"),
+    ("aten.cat.default", ([X, "y: f32[s, 0, 4]"], 1), {}, "%x"),
+    ("aten.cat.default", (["y: f32[0]", "y: f32[0]"],), {}, "aten.cat.default(tensors=[%y, %y])"),
     # norms
     ("aten.layer_norm.default", (X, [4], None, None, 1e-5, False), {}, "aten.layer_norm.default(input=%x, normalized_shape=[4])"),
 ]  # fmt: skip
@@ -149,10 +167,24 @@ def test_every_form_is_tested() -> None:
     assert _FORMS.keys() <= tested
 
 
-SURE = [case[:3] for case in CASES if not case[3].startswith("aten.dropout")]
+#: Cases whose result is always the same: no chance, and nothing that means nothing.
+SURE = [case[:3] for case in CASES if "dropout" not in case[3] and "empty" not in case[0]]
+#: An empty tensor that says nothing but the dtype.
+PROMOTED = ("aten.cat.default", (["y: i64[s, 3, 4]", "z: f32[0]"],), {})
+SURE.append(PROMOTED)
 
 
-@pytest.mark.parametrize(("op", "args", "kwargs"), SURE, ids=[f"{op}-{i}" for i, (op, *_) in enumerate(SURE)])
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{index}",
+            marks=pytest.mark.xfail(case is PROMOTED, strict=True, reason="cat drops the dtype with the empty tensor"),
+        )
+        for index, case in enumerate(SURE)
+    ],
+)
 @pytest.mark.parametrize("size", [3, 6])
 def test_form_computes_the_same(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
     before = bound(op, args, kwargs)

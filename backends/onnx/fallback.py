@@ -25,6 +25,9 @@ def lower_by_export(e: Emitter, node: Node) -> Lowered:
     """Inline the node's own export. Unsupported if PyTorch's exporter refuses it as well."""
     operands = list(dict.fromkeys(node.operands))
     names = sorted({name for arg in node.args.values() for leaf in leaves(arg) for name in _names(leaf)})
+    if not operands and not names:
+        made = operators.call(node.op, node.args, "cpu")
+        return tuple(e.constant(tensor.numpy()) for tensor in made)
     key = _key(node, operands)
     if key not in _exported:
         smallest = {name: bounds.min for name, bounds in e.graph.dims.items()}
