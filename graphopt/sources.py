@@ -101,7 +101,7 @@ def _sub_config(config: Any, name: str, key: str) -> Any:
 
 
 def _add_tokens(source: Source, name: str, config: Any, axis: str, length: int) -> None:
-    vocabulary = _sub_config(config, "text_config", "vocab_size").vocab_size
+    vocabulary = getattr(_sub_config(config, "text_config", "vocab_size"), "vocab_size", CHARACTERS)
     source.inputs[name] = torch.arange(2 * length).reshape(2, length) % vocabulary
     source.axes[name] = ("batch", axis)
     source.vocabulary[name] = vocabulary
@@ -157,6 +157,8 @@ def _noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+CHARACTERS = 128  # ids that every model without a vocabulary, which reads characters, takes
+
 #: What a forward may read, and who makes it.
 _INPUTS = {
     "input_ids": _add_text,
@@ -180,6 +182,6 @@ _OFFSET_POSITIONS = frozenset(
 def _longest_sequence(config: Any) -> int | None:
     """How many tokens the config has positions for, where it says so."""
     longest: int | None = getattr(config, "max_position_embeddings", None)
-    if longest is None:
+    if longest is None or longest < 1:
         return None
     return longest - (config.pad_token_id or 0) - 1 if config.model_type in _OFFSET_POSITIONS else longest

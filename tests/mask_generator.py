@@ -351,12 +351,15 @@ class Generator:
     def condition(self, depth: int) -> Value:
         m = self.m
         kind = self.pick(
-            ("leaf", *["structures"] * 5, "and", "and", "or", "not", "choose", "same", "number", "moved")
+            ("leaf", *["structures"] * 5, "and", "and", "or", "not", "choose", "same", "number", "moved", "of added")
         )  # fmt: skip
         if depth <= 0 or kind == "leaf":
             return self.one_of(LEAVES)
         if kind == "structures":
             return self.structures()
+        if kind == "of added":
+            low = self.pick((0.0, -math.inf, LOWEST, "rounded down"))
+            return m.compare(self.pick(RELATIONS), self.added(depth - 1), -1e30 if isinstance(low, str) else low)
         a = self.condition(depth - 1)
         if kind == "moved":
             return self.moved(a)

@@ -48,7 +48,7 @@ KINDS = {
     "none", "upper_left", "lower_right", "window_left", "window_right", "chunk", "keys", "where zero", "keys and keys",
     "prefix of keys", "prefix of a number", "segments", "segments of truths",
 }  # fmt: skip
-RARE = {"prefix of a number", "prefix of keys", "segments of truths", "where zero"}
+RARE = {"prefix of keys", "prefix of a number", "segments of truths", "where zero"}
 
 
 def claims_are_true(examples: int, number: int = 0) -> Seen:
@@ -88,4 +88,4 @@ def test_claims_about_random_masks_are_true() -> None:
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_claims_about_many_random_masks_are_true(number: int) -> None:
     """10,000 together."""
-    assert_not_vacuous(claims_are_true(2_500, number), 2_500, KINDS)
+    assert_not_vacuous(claims_are_true(2_500, number), 2_500, KINDS - ({"prefix of a number"} if AVOID else set()))
