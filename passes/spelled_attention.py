@@ -30,6 +30,8 @@ def score_step(
         | op.where(tensor, fill, x).tag(kind="hide")
         | op.where(tensor, x, fill).tag(kind="show")
         | op.mul(x, tensor).tag(kind="by")
+        | op.maximum(x, tensor).tag(kind="floor")
+        | op.clamp(x, fill).tag(kind="clamp")
         | op.reshape(x, shape).tag(kind="view")
         | op.to.dtype(x, ...).tag(kind="cast")
     )
@@ -213,7 +215,7 @@ class _Scores:
     """What the steps between product and softmax amount to."""
 
     def __init__(self, op: Build, m: Match, layout: _Layout) -> None:
-        self.op, self.layout = op, layout
+        self.op, self.layout, self.graph = op, layout, m.node.graph
         self.scale, self.softcap = 1.0, 0.0
         self.query_factors: list[Value] = []
         self.added: list[Value] = []  # floating, to be added
@@ -250,6 +252,10 @@ class _Scores:
             self.shown.append(self.layout.part(visible, shape))
         elif step.kind == "by":
             self._by(step.tensor, shape)
+        elif step.kind in ("floor", "clamp"):
+            lowest = _constant(self.graph, step.tensor) if step.kind == "floor" else float(step.fill)
+            low = lowest is not None and masks.hides(lowest)
+            require(low, "the scores are raised to a number that hidden keys are not below")
 
     def _times(self, number: float) -> None:
         require(not self.softcap, "the scores are scaled after they are capped")
@@ -286,6 +292,15 @@ def combined(op: Build, added: Sequence[Value], shown: Sequence[Value]) -> Value
         return visible if total is None else total
     low = torch.finfo(total.type.dtype).min
     return op.reuse("where.ScalarOther", visible, total, low)
+
+
+def _constant(graph: Graph | None, value: Value) -> float | None:
+    """The number that a tensor of one element is, if it is constant."""
+    node, weight = value.producer, None if graph is None else graph.weight_of(value)
+    if weight is not None and math.prod(value.type.shape) == 1:
+        return float(weight.load().item())
+    filled = node is not None and node.op == "aten.full.default" and not isinstance(node.args["fill_value"], Value)
+    return float(node.args["fill_value"]) if node is not None and filled else None
 
 
 def _say_the_same(graph: Graph, gate: Value, bias: Value) -> bool:
