@@ -19,7 +19,8 @@ _PRODUCTS = frozenset({"aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum"}
 _CARRIES = frozenset(
     f"aten.{name}"
     for name in (
-        "add", "sub", "mul", "div", "neg", "tanh", "where", "masked_fill", "clamp", "maximum", "minimum", "max", "min", "amax", "to", "pow",
+        "add", "sub", "mul", "div", "neg", "tanh", "where", "masked_fill", "clamp", "maximum", "minimum",
+        "max", "min", "amax", "to", "pow",
         "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select", "cat", "gather", "pad",
         "constant_pad_nd", "index", "roll", "flip", "as_strided", "nan_to_num", "slice_scatter", "select_scatter", "copy",
         "split", "split_with_sizes", "chunk", "unbind", "clone", "contiguous", "view", "dropout", "index_put",

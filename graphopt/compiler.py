@@ -20,7 +20,7 @@ from graphopt.eager import eager, kept
 from graphopt.errors import GraphError, ParityError, PipelineError, TracingError
 from graphopt.ir import DimRange, Graph
 from graphopt.models import load_model
-from graphopt.parity import Contract, bisect, judge
+from graphopt.parity import Contract, bisect
 from graphopt.pipeline import (
     Context,
     Instrument,
@@ -30,9 +30,11 @@ from graphopt.pipeline import (
     load_passes,
     paused_collector,
     run_passes,
+    single_run,
     validation_message,
 )
 from graphopt.probes import make_probes
+from graphopt.runtime.cache import CacheLayout
 from graphopt.runtime.engine import Engine, spec_of
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig
@@ -228,7 +230,7 @@ def first_engine_difference(backend: Backend, graph: Graph, proof: Proof) -> Any
         show = backend.inner_values(graph, names)
     except (NotImplementedError, GraphError):
         return None
-    found = (bisect(graph, show, probe) for probe in proof.probes)
+    found = (bisect(graph, show, single_run(graph, probe)) for probe in proof.probes)
     return next((difference for difference in found if difference is not None), None)
 
 
@@ -279,8 +281,9 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     probes = make_probes(source.sample(), engine.dims, source.traced, engine.manifest.mask, seed=1)
     call = eager(source.module)
     references = [kept(call(**probe.inputs), engine.outputs) for probe in probes]
-    candidates = [engine(**{name: probe.inputs[name] for name in engine.inputs}) for probe in probes]
-    missing = engine.outputs.keys() - references[0].keys()
+    layout = CacheLayout.of(engine.inputs, engine.outputs)
+    cached = set() if layout is None else set(layout.names.values())
+    missing = engine.outputs.keys() - references[0].keys() - cached
     if missing:
         raise ParityError(
             f"the model has no output {', '.join(sorted(missing))}", hint="is it the model the engine was made of?"
@@ -289,4 +292,7 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     contract: Contract = Exact()
     if stage is not None and stage.contract != "exact":
         contract = Budget(metric=stage.metric, limit=stage.limit)
-    return judge(contract, probes, references, candidates)
+    for probe in probes:
+        for name in probe.inputs.keys() - engine.inputs.keys():
+            del probe.inputs[name]
+    return Proof(probes, references).of_engine(engine, contract)

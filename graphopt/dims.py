@@ -240,6 +240,12 @@ minimum = _extreme("min", min)
 FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {"//": floordiv, "%": mod, "max": maximum, "min": minimum}
 
 
+def rest_of(size: Size, name: str) -> Size | None:
+    """``size - name`` where that does not mention the name any more; None where the size is no such sum."""
+    rest = size - Dim.named(name)
+    return None if name in names_of(rest) else rest
+
+
 def names_of(size: Size) -> frozenset[str]:
     return size.names if isinstance(size, Dim) else frozenset()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt import operators
-from graphopt.dims import Dim
+from graphopt.dims import Dim, evaluate, names_of, rest_of
 from graphopt.errors import InputError, nearest
 from graphopt.ir import DTYPE_NAMES, DimRange, Graph, TensorType, Value, map_arg
 
@@ -38,6 +38,7 @@ def bind_dims(
         for size, got in zip(type.shape, shape, strict=True):
             if isinstance(size, Dim) and size.name and size.name not in env:
                 env[size.name], read_from[size.name] = got, name
+    _solve(inputs, given, env, read_from)
     for name, type in inputs.items():
         for axis, (size, got) in enumerate(zip(type.shape, given[name][1], strict=True)):
             needed = size.evaluate(env) if isinstance(size, Dim) else size
@@ -54,6 +55,20 @@ def bind_dims(
                 hint="compile with a wider range in dims, or split the input",
             )
     return env
+
+
+def _solve(
+    inputs: Mapping[str, TensorType],
+    given: Mapping[str, tuple[str, tuple[int, ...]]],
+    env: dict[str, int],
+    read_from: dict[str, str],
+) -> None:
+    """Names that stand alone on no axis, from sums that they are part of."""
+    for name, type in inputs.items():
+        for size, got in zip(type.shape, given[name][1], strict=True):
+            unknown = [part for part in names_of(size) if part not in env]
+            if len(unknown) == 1 and (rest := rest_of(size, unknown[0])) is not None:
+                env[unknown[0]], read_from[unknown[0]] = got - evaluate(rest, env), name
 
 
 def _signature(inputs: Mapping[str, TensorType]) -> str:

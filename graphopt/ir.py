@@ -316,6 +316,23 @@ class Graph:
             raise GraphError(f"%{value.name} is still used and cannot be removed")
         del self.weights[value.name], self._values[value.name]
 
+    def remove_input(self, value: Value) -> None:
+        """Take out an input that nothing uses."""
+        if value.users or self.is_output(value):
+            raise GraphError(f"%{value.name} is still used and cannot be removed")
+        del self.inputs[value.name], self._values[value.name]
+        self.truths.discard(value.name)
+
+    def rename_input(self, value: Value, name: str) -> None:
+        """Give an input another free name."""
+        if name in self._values:
+            raise GraphError(f"%{name} exists already")
+        self.inputs = {name if key == value.name else key: kept for key, kept in self.inputs.items()}
+        self._values = {name if key == value.name else key: kept for key, kept in self._values.items()}
+        if value.name in self.truths:
+            self.truths = (self.truths - {value.name}) | {name}
+        value.name = name
+
     def remove_dead(self, roots: Iterable[Node]) -> None:
         """Remove those of ``roots`` that nothing uses, and whatever only they used."""
         queue = [node for node in roots if node.graph is self]

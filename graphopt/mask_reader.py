@@ -45,12 +45,12 @@ class Unreadable(Exception):
 class Reader:
     """Elements of values as expressions of an index.
 
-    ``by_key``: for each expression that depends on batch and key alone, a tensor that holds it. ``reasons``: what could not
+    ``by_key``: for each expression that depends on batch and key alone, the tensors that hold it. ``reasons``: what could not
     be read."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.by_key: dict[Expr, Element] = {}
+        self.by_key: dict[Expr, list[Element]] = {}
         self.reasons: list[str] = []
         self._read: dict[tuple[Value, tuple[Size, ...]], Expr] = {}
         self._tables: dict[str, tuple[Size, Size, Expr, Expr] | None] = {}
@@ -62,7 +62,7 @@ class Reader:
             self._read[key] = expr = self._element(value, index)
             where = frozenset().union(*map(positions, index))
             if "@k" in where and where <= {"@b", "@k"}:
-                self.by_key.setdefault(as_integer(expr), Element(value, index))
+                self.by_key.setdefault(as_integer(expr), []).append(Element(value, index))
         return self._read[key]
 
     def _element(self, value: Value, index: tuple[Size, ...]) -> Expr:
@@ -157,9 +157,29 @@ def _elementwise(fn: Callable[..., Expr]) -> Read:
         for value in (*node.operands, *node.outputs):
             _require_exact(value.type.dtype, node)
         operands = [arg for name, arg in node.args.items() if name != "alpha"]
-        return fn(*(as_integer(reader.arg(arg, index, len(index))) for arg in operands))
+        inner = next((value.type.dtype for value in node.operands if value.type.dtype.is_floating_point), None)
+        exprs = [as_integer(reader.arg(arg, index, len(index))) for arg in operands]
+        if inner is not None:  # constants take the operands' dtype before they are computed with
+            exprs = [
+                expr if isinstance(arg, Value) else _rounded(expr, inner)
+                for expr, arg in zip(exprs, operands, strict=True)
+            ]
+        dtype = node.outputs[0].type.dtype
+        result = fn(*exprs)
+        if dtype == torch.bool:
+            return as_condition(result)
+        return _rounded(result, dtype) if dtype.is_floating_point else result
 
     return read
+
+
+def _rounded(expr: Expr, dtype: torch.dtype) -> Expr:
+    """Real constants as the dtype holds them."""
+    if isinstance(expr, Real):
+        return Real(float(torch.tensor(expr.number, dtype=torch.float64).to(dtype).item()))
+    if isinstance(expr, Where):
+        return _where(expr.condition, _rounded(expr.then, dtype), _rounded(expr.otherwise, dtype))
+    return expr
 
 
 def _moved(place: Callable[[Node, tuple[Size, ...]], tuple[Size, ...]]) -> Read:
@@ -202,6 +222,8 @@ def _selected(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
     axis, position = node.args["dim"], node.args["index"]
     if isinstance(position, int) and position < 0:
         position = node.args["self"].type.shape[axis] + position
+    if not _is_natural(position):
+        raise Unreadable(f"a position that may count from the end in {node.where}")
     return (*index[:axis], position, *index[axis:])
 
 
@@ -233,8 +255,8 @@ def _full(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
 def _cast(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
     expr, dtype = reader.read(node.args["self"], index), node.args["dtype"]
     if isinstance(expr, Element) and torch.bool not in (expr.value.type.dtype, dtype):
-        same = not expr.value.type.dtype.is_floating_point and (dtype.is_floating_point or dtype == torch.int64)
-        return expr if same else Element(node.outputs[0], index)
+        widened = not expr.value.type.dtype.is_floating_point and dtype == torch.int64
+        return expr if widened else Element(node.outputs[0], index)
     return _converted(expr, dtype, node)
 
 
@@ -242,11 +264,18 @@ def _converted(expr: Expr, dtype: torch.dtype, node: Node) -> Expr:
     """The expression in another dtype, where that is exact or rounds as torch does."""
     if dtype == torch.bool:
         return as_condition(expr)
+    if isinstance(expr, Element) and expr.value.type.dtype != torch.bool:
+        raise Unreadable(f"a choice of numbers in another dtype in {node.where}")
     if isinstance(expr, (Element, *CONDITIONS)):
         return _as_number(expr, dtype)
     if isinstance(expr, Where):
         return Where(expr.condition, _converted(expr.then, dtype, node), _converted(expr.otherwise, dtype, node))
-    if isinstance(expr, Int) and dtype in (torch.int64, torch.int32):
+    unknown = (
+        isinstance(expr, Int) and isinstance(expr.size, Dim) and any(isinstance(n, Token) for n in expr.size.names)
+    )
+    if unknown and dtype != torch.int64:
+        raise Unreadable(f"unknown integers in a dtype that may not hold them in {node.where}")
+    if isinstance(expr, Int) and dtype in (torch.int64, torch.int32) and not _is_large(expr.size, 2**31):
         return expr
     number = number_of(expr)
     if number is None:
@@ -293,6 +322,7 @@ def _repeated(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
 def _difference(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
     """``x[i] - x[i - 1]``, and ``x[0] - prepend``."""
     source, first, axis = node.args["self"], node.args["prepend"], node.args["dim"]
+    _require_exact(source.type.dtype, node)
     if node.args["n"] != 1 or node.args["append"] is not None or first is None or first.type.shape[axis] != 1:
         raise Unreadable(f"differences of other than neighbours in {node.where}")
 
@@ -372,7 +402,10 @@ def _arithmetic(fn: Callable[[Any, Any], Any]) -> Callable[[Expr, Expr], Expr]:
         if isinstance(a, Where) or isinstance(b, Where):
             return _lift(combine, a, b)
         if isinstance(a, Int) and isinstance(b, Int):
-            return Int(fn(a.size, b.size))
+            size = fn(a.size, b.size)
+            if _is_large(size, 2**15):
+                raise Unreadable("integers that may wrap")
+            return Int(size)
         numbers = [number_of(x) for x in (a, b)]
         if None in numbers:
             raise Unreadable("arithmetic on values that are not positions or constants")
@@ -396,6 +429,13 @@ def _lift(fn: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr:
         return _where(a.condition, fn(a.then, b), fn(a.otherwise, b))
     assert isinstance(b, Where)
     return _where(b.condition, fn(a, b.then), fn(a, b.otherwise))
+
+
+def _is_large(size: Size, limit: int) -> bool:
+    """Whether a polynomial has factors so large that 32 bits may not hold it; a constant, whether it is that large."""
+    if isinstance(size, int):
+        return abs(size) >= max(limit, 2**31)
+    return any(abs(number) > limit for monomial, number in size.terms if monomial)
 
 
 def _where(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
@@ -470,4 +510,7 @@ def _is_natural(size: Size) -> bool:
     """Whether a polynomial has no negative term and no unknown: with names >= 0 it is then >= 0."""
     if isinstance(size, int):
         return size >= 0
-    return not any(isinstance(name, Token) for name in size.names) and all(number >= 0 for _, number in size.terms)
+    plain = all(
+        isinstance(atom, str) and not isinstance(atom, Token) for monomial, _ in size.terms for atom in monomial
+    )
+    return plain and all(number >= 0 for _, number in size.terms)

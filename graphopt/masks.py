@@ -27,10 +27,10 @@ from graphopt.conditions import (
     Expr,
     Int,
     NonZero,
-    Not,
     Or,
     Where,
     as_condition,
+    as_integer,
     conjunction,
     describe,
     disjunction,
@@ -92,11 +92,16 @@ class Unproven:
 def prove(graph: Graph, masks: Value | Sequence[Value], queries: Size, keys: Size) -> Mask | Unproven:
     """What masks say together, each broadcast to ``[B, H, queries, keys]``: bool (true is visible) or added to the scores."""
     reader = Reader(graph)
+    given = [masks] if isinstance(masks, Value) else masks
+    batches = {mask.type.shape[0] for mask in given if len(mask.type.shape) == 4} - {1}
     try:
-        parts = [condition_of(reader, mask) for mask in ([masks] if isinstance(masks, Value) else masks)]
-        return _Classifier(reader, Ranges(graph.dims, queries, keys)).classify(conjunction(*parts))
+        parts = [condition_of(reader, mask) for mask in given]
+        ranges = Ranges(graph.dims, queries, keys, batches.pop() if len(batches) == 1 else None)
+        return _Classifier(reader, ranges).classify(conjunction(*parts))
     except Unreadable as stop:
         return Unproven(reader.reasons[0] if reader.reasons else str(stop))
+    except RecursionError:
+        return Unproven("what computes it is too long to be read")
 
 
 def condition_of(reader: Reader, mask: Value) -> Condition:
@@ -164,7 +169,7 @@ class _Classifier:
             part = waiting.pop(0)
             if isinstance(part, AtMostZero) and self._take_equality(part.size, waiting):
                 waiting.remove(AtMostZero(-part.size))
-            elif not (self.distances.take(part) or self._take_query(part) or self._take_prefix(part)):
+            elif not (self._take_distance(part) or self._take_query(part) or self._take_prefix(part)):
                 return Unproven(self._why(part))
         return self._mask()
 
@@ -181,12 +186,27 @@ class _Classifier:
         return keys is not None
 
     def _keys(self, part: Condition) -> Keys | None:
-        negated = isinstance(part, Not)
-        inner = part.inner if isinstance(part, Not) else part
-        element = inner.element if isinstance(inner, NonZero) else self.reader.by_key.get(part)
-        if element is None or not _is_row(element):
-            return None
-        return Keys(element.value, negated and isinstance(inner, NonZero))
+        """A tensor that holds the condition, or its negation."""
+        for condition, where_zero in ((part, False), (negation(part), True)):
+            candidates: list[Element] = list(self.reader.by_key.get(condition, ()))
+            if isinstance(condition, NonZero):
+                candidates += [condition.element, *self.reader.by_key.get(as_integer(condition.element), ())]
+            for element in candidates:
+                if self._is_row(element):
+                    return Keys(element.value, where_zero)
+        return None
+
+    def _is_row(self, element: Element) -> bool:
+        """Whether an element's tensor is ``[T]`` or ``[B, T]`` but for axes of one element."""
+        sizes = [(i, size) for i, size in zip(element.index, element.value.type.shape, strict=True) if size != 1]
+        batch = self.ranges.batch
+        if [i for i, _ in sizes] not in ([BATCH, KEY], [KEY]) or sizes[-1][1] != self.ranges.keys:
+            return False
+        return len(sizes) == 1 or batch is None or sizes[0][1] == batch
+
+    def _take_distance(self, part: Condition) -> bool:
+        """A bound of the distance between query and key; beside a prefix it would hide what the prefix shows."""
+        return self.prefix is None and self.distances.take(part)
 
     def _take_query(self, part: Condition) -> bool:
         """``mask[q]`` beside ``mask[k]``: both show what ``mask[q] == mask[k]`` beside ``mask[k]`` shows."""
@@ -194,7 +214,7 @@ class _Classifier:
             return False
         index = tuple(moved(i, QUERY, KEY) for i in part.element.index)
         at_key = Element(part.element.value, index)
-        if index == part.element.index or not _is_row(at_key) or Keys(at_key.value) not in self.keys:
+        if index == part.element.index or not self._is_row(at_key) or Keys(at_key.value) not in self.keys:
             return False
         return self._take_segments(Keys(at_key.value))
 
@@ -210,9 +230,9 @@ class _Classifier:
             if chunk and self.chunk in (0, chunk):
                 self.chunk = chunk
                 return True
-            element = self.reader.by_key.get(Int(at_key))
-            if element is not None and _is_row(element) and self.ranges.queries == self.ranges.keys:
-                return self._take_segments(element.value)
+            rows = [element for element in self.reader.by_key.get(Int(at_key), ()) if self._is_row(element)]
+            if rows and self.ranges.queries == self.ranges.keys:
+                return self._take_segments(rows[0].value)
         return False
 
     def _take_segments(self, value: Value | Keys) -> bool:
@@ -232,8 +252,8 @@ class _Classifier:
             keys = first if first is not None else self._keys(alternative)
             if keys is not None:
                 prefixes.append(keys)
-            elif not all(inner.take(each) for each in _conjuncts(alternative)):
-                return False
+            elif not inner.empty or not all(inner.take(each) for each in _conjuncts(alternative)):
+                return False  # a second band beside the first is no conjunction of both
         if len(prefixes) != 1 or inner.empty or not self.distances.empty or self.chunk:
             return False
         self.distances, self.prefix = inner, prefixes[0]
@@ -326,13 +346,6 @@ def _first_keys(condition: Condition) -> int | None:
     return 1 - rest if isinstance(rest, int) and rest <= 0 else None
 
 
-def _is_row(element: Element) -> bool:
-    """Whether an element's tensor has an axis of keys, perhaps one of batches, and none beside."""
-    shape = element.value.type.shape
-    axes = [i for size, i in zip(shape, element.index, strict=True) if size != 1]
-    return axes in ([BATCH, KEY], [KEY])
-
-
 def _split(size: Size) -> tuple[Size, Size] | tuple[None, None]:
     """The terms that depend on the key, and those that depend on the query, if there are no others."""
     at_key: Size = 0
@@ -369,6 +382,7 @@ class Ranges:
     dims: Mapping[str, DimRange]
     queries: Size
     keys: Size
+    batch: Size | None = None
 
     def holds(self, condition: Condition) -> bool:
         """Whether a condition is shown to hold everywhere."""

@@ -6,8 +6,8 @@ import contextlib
 import difflib
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import networkx as nx
@@ -19,6 +19,8 @@ from graphopt.ir import Graph
 from graphopt.parity import Contract, Difference, Outputs, Probe, bisect, judge
 from graphopt.plugins import plugins
 from graphopt.rewrite import RewriteLog, Rule, apply_rules
+from graphopt.runtime.cache import CacheLayout, Call, as_if_uncached, last_step, layout_of
+from graphopt.runtime.engine import Engine
 from graphopt.schemas.pipeline import Budget, Exact
 from graphopt.schemas.report import PassReport, RefusalReport, StageParity
 
@@ -197,10 +199,19 @@ class Proof:
         return Proof(self.probes[: self.each_pass], self.references[: self.each_pass]).of_graph(graph, contract)
 
     def of_graph(self, graph: Graph, contract: Contract) -> StageParity:
-        return judge(contract, self.probes, self.references, [run(graph, probe.inputs) for probe in self.probes])
+        return self.of_call(lambda inputs: run(graph, inputs), layout_of(graph), contract)
 
-    def of_engine(self, engine: Callable[..., Outputs], contract: Contract) -> StageParity:
-        return judge(contract, self.probes, self.references, [engine(**probe.inputs) for probe in self.probes])
+    def of_engine(self, engine: Engine, contract: Contract) -> StageParity:
+        layout = CacheLayout.of(engine.inputs, engine.outputs)
+        return self.of_call(lambda inputs: engine(**inputs), layout, contract)
+
+    def of_call(self, call: Call, layout: CacheLayout | None, contract: Contract) -> StageParity:
+        """What has a cache runs each probe in several steps."""
+        if layout is None:
+            results = [call(probe.inputs) for probe in self.probes]
+        else:
+            results = [as_if_uncached(call, layout)(**probe.inputs) for probe in self.probes]
+        return judge(contract, self.probes, self.references, results)
 
 
 @contextlib.contextmanager
@@ -302,8 +313,18 @@ def diff_text(before: str, after: str) -> str:
 
 def first_difference(before: Graph, after: Graph, proof: Proof) -> Difference | None:
     """Where a pass first went wrong: the first value by name that differs on a probe."""
-    found = (bisect(before, after, probe) for probe in proof.probes)
+    if before.inputs.keys() != after.inputs.keys():
+        return None  # a pass that inserts a cache changes what a run is
+    found = (bisect(before, after, single_run(before, probe)) for probe in proof.probes)
     return next((difference for difference in found if difference is not None), None)
+
+
+def single_run(graph: Graph, probe: Probe) -> Probe:
+    """The probe as one run of the graph: with a cache the last of its steps."""
+    layout = layout_of(graph)
+    if layout is None:
+        return probe
+    return replace(probe, inputs=last_step(lambda inputs: run(graph, inputs), layout, probe.inputs))
 
 
 def broken(stage: str, parity: StageParity, difference: Difference | None) -> ParityError:

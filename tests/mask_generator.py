@@ -24,7 +24,7 @@ CASTS = (*[None] * 8, torch.int32, torch.uint8, torch.int8, torch.float32, torch
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.float16)
 LOWS = (-math.inf, -math.inf, LOWEST, LOWEST, LOWEST_HALF, OLD_LOW, -1e30, -1.0)
 MOST = 8  # the largest size that masks are evaluated at
-TABLE = 2 * MOST + 4  # rows and columns of a constant table
+TABLE = 4 * MOST  # rows and columns of a constant table
 
 
 @dataclass

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,11 @@ SQUARE = QKV.replace("dim keys in [1, ...]", "").replace("keys", "sequence")
 """As many keys as queries."""
 
 
+def lines(*calls: str) -> str:
+    """Calls of aten, ``name = op(args)``, as lines of a text."""
+    return "".join(f"%{call.replace(' = ', ' = aten.', 1)}\n" for call in calls)
+
+
 def attention(head: str, *args: str, qkv: str = "q=%q, k=%k, v=%v") -> str:
     """A graph of one attention."""
     return f"{head}\n%o = graphopt.attention.default({', '.join((qkv, *args))})\noutput y = %o"
@@ -65,10 +71,10 @@ class Applied:
 @functools.cache
 def program(body: str) -> str:
     """The text of a graph from its lines, however they are indented, with the types that they leave out."""
-    lines: list[str] = []
+    done: list[str] = []
     for line in filter(None, map(str.strip, body.splitlines())):
-        lines.append(_typed(lines, line))
-    return _braced(lines)
+        done.append(_typed(done, line))
+    return _braced(done)
 
 
 def _braced(lines: Sequence[str]) -> str:
@@ -226,14 +232,20 @@ def assert_equal(case: Case) -> None:
     assert_equal_runs(program(case.before), program(case.after))
 
 
-def assert_becomes(body: str, after: str, rules: Sequence[Rule], sizes: Sequence[Mapping[str, int]] = SIZES) -> None:
+def assert_becomes(
+    body: str,
+    after: str,
+    rules: Sequence[Rule],
+    sizes: Sequence[Mapping[str, int]] = SIZES,
+    reasons: Sequence[str] = (),
+) -> None:
     """The first rule fires once; with the others it makes this text, up to the names of what nodes compute, which
-    computes the same."""
+    computes the same. ``reasons``: why not more is rewritten."""
     applied = apply(body, *rules)
     expected, got = _numbered(program(after)), _numbered(applied.text)
     assert got == expected, difference(expected, got)
     assert applied.matches[rules[0].name] == 1, applied.matches
-    assert applied.reasons == [], applied.reasons
+    assert applied.reasons == list(reasons), f"it says {applied.reasons}"
     assert_equal_runs(program(body), applied.text, sizes)
 
 
@@ -250,6 +262,11 @@ _DEFINED = re.compile(r"(%[\w.]+): ")
 def assert_keeps(body: str, *rules: Rule, sizes: Sequence[Mapping[str, int]] = SIZES) -> None:
     """Whatever the rules do, the graph computes the same."""
     assert_equal_runs(program(body), apply(body, *rules).text, sizes)
+
+
+def wrong(reason: str, body: str) -> object:
+    """A graph that rules are known to rewrite wrongly, or to crash at, as a parameter."""
+    return pytest.param(body, id=reason, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
 # Traced functions

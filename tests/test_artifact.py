@@ -47,9 +47,10 @@ def test_what_is_inside(engine: Path) -> None:
         "manifest.json",
         "model.onnx",
         "model.onnx.data",
+        "report.html",
     ]
     content = json.loads((engine / "manifest.json").read_text())
-    assert sorted(content["files"]) == ["graph.gir", "model.onnx", "model.onnx.data"]
+    assert sorted(content["files"]) == ["graph.gir", "model.onnx", "model.onnx.data", "report.html"]
     assert content["inputs"]["input_ids"] == {"dtype": "i64", "shape": ["batch", "sequence"]}
     assert content["versions"].keys() >= {"torch", "transformers", "onnxruntime"}
     kinds = [step["kind"] for step in content["pipeline"]["passes"]]

@@ -15,15 +15,15 @@ from graphopt.passes.canonicalize import (
     Canonicalize,
     DropAddZero,
     DropAndTrue,
-    DropDoubleTranspose,
     DropMulOne,
-    MergeReshapes,
+    LinearOfAddmm,
     NumberOperand,
 )
 from graphopt.pipeline import run_passes
 from graphopt.rewrite import Rule
 from graphopt.text import parse
 from tests.rules import (
+    DIMS,
     Case,
     apply,
     apply_pass,
@@ -41,10 +41,6 @@ from tests.rules import (
     run_text,
 )
 
-DIMS = """
-    dim batch in [1, ...]
-    dim sequence in [1, ...]
-"""
 FLOATS = DIMS + "input %x: f32[batch, sequence, 8]\n"
 WHOLE = DIMS + "input %x: i64[batch, sequence, 8]\n"
 TRUTHS = DIMS + "input %x: bool[batch, sequence]\n"
@@ -69,10 +65,13 @@ RESHAPED = f"""{FLOATS}
     %a: f32[batch*sequence, 8] = aten.reshape.default(self=%x, shape=[batch*sequence, 8])
     %b: f32[batch, 2*sequence, 4] = aten.reshape.default(self=%a, shape=[batch, 2*sequence, 4])
     output y = %b"""
-TRANSPOSED = f"""{FLOATS}
-    %a: f32[sequence, batch, 8] = aten.transpose.int(self=%x, dim0=0, dim1=1)
-    %b: f32[batch, sequence, 8] = aten.transpose.int(self=%a, dim0=0, dim1=1)
-    output y = %b"""
+MASKED = SCALED.replace("weight", "input %m: bool[batch, sequence, 1]\nweight")
+ADDMM = (
+    f"{DIMS}input %x: f32[batch*sequence, 8]\ninput %n: f32[batch, sequence]\nweight %w: f32[8, 6]\nweight %b: f32[6]\n"
+)
+NUMBER = "0.9178138971328735"
+MASKED_ONLY = MASKED.replace("weight %c: f32[]\n", "")
+
 
 CASES = [
     Case("add zero", DropAddZero(), unary("aten.add.Tensor(self=%x, other=0)"), UNCHANGED),
@@ -84,49 +83,12 @@ CASES = [
     Case("and true", DropAndTrue(), truths("bitwise_and", "1"), TRUTHS + "output y = %x"),
     Case("and True", DropAndTrue(), truths("bitwise_and", "True"), TRUTHS + "output y = %x"),
     Case("or false", DropAndTrue(), truths("bitwise_or", "0"), TRUTHS + "output y = %x"),
-    Case(
-        "reshapes",
-        MergeReshapes(),
-        RESHAPED,
-        f"""{FLOATS}
-        %b: f32[batch, 2*sequence, 4] = aten.reshape.default(self=%x, shape=[batch, 2*sequence, 4])
-        output y = %b""",
-    ),
-    Case(
-        "reshapes, there and back",
-        MergeReshapes(),
-        f"""{FLOATS}
-        %a: f32[batch*sequence, 8] = aten.reshape.default(self=%x, shape=[batch*sequence, 8])
-        %b: f32[batch, sequence, 8] = aten.reshape.default(self=%a, shape=[batch, sequence, 8])
-        output y = %b""",
-        UNCHANGED,
-    ),
-    Case(
-        "reshapes, shared",
-        MergeReshapes(),
-        RESHAPED + "\noutput z = %a",
-        f"""{FLOATS}
-        %a: f32[batch*sequence, 8] = aten.reshape.default(self=%x, shape=[batch*sequence, 8])
-        %b: f32[batch, 2*sequence, 4] = aten.reshape.default(self=%x, shape=[batch, 2*sequence, 4])
-        output y = %b
-        output z = %a""",
-    ),
-    Case("transposes", DropDoubleTranspose(), TRANSPOSED, UNCHANGED),
-    Case(
-        "transposes, shared",
-        DropDoubleTranspose(),
-        TRANSPOSED + "\noutput z = %a",
-        f"""{FLOATS}
-        %a: f32[sequence, batch, 8] = aten.transpose.int(self=%x, dim0=0, dim1=1)
-        output y = %x
-        output z = %a""",
-    ),
     *(
         Case(
             f"number in {op}",
             NumberOperand(),
             unary(f"aten.{op}.Tensor({args})", SCALED),
-            unary(f"aten.{op}.Tensor(self=%x, other=0.9178138971328735)"),
+            unary(f"aten.{op}.Tensor(self=%x, other={NUMBER})"),
         )
         for op, args in (
             ("mul", "self=%x, other=%c"),
@@ -135,6 +97,26 @@ CASES = [
             ("add", "self=%x, other=%c"),
             ("add", "self=%c, other=%x"),
         )
+    ),
+    *(
+        Case(
+            f"number in {before}", NumberOperand(), unary(f"aten.{before}", MASKED), unary(f"aten.{after}", MASKED_ONLY)
+        )
+        for before, after in (
+            (
+                "where.self(condition=%m, self=%x, other=%c)",
+                f"where.ScalarOther(condition=%m, self=%x, other={NUMBER})",
+            ),
+            ("where.self(condition=%m, self=%c, other=%x)", f"where.ScalarSelf(condition=%m, self={NUMBER}, other=%x)"),
+            ("masked_fill.Tensor(self=%x, mask=%m, value=%c)", f"masked_fill.Scalar(self=%x, mask=%m, value={NUMBER})"),
+        )
+    ),
+    Case(
+        "addmm",
+        LinearOfAddmm(),
+        f"{ADDMM}%y = aten.addmm.default(self=%b, mat1=%x, mat2=%w)\noutput y = %y",
+        f"{ADDMM}%transpose = aten.transpose.int(self=%w, dim0=0, dim1=1)\n"
+        "%y = aten.linear.default(input=%x, weight=%transpose, bias=%b)\noutput y = %y",
     ),
 ]
 
@@ -183,6 +165,10 @@ def test_refuses_another_type(rule: Rule, body: str, reason: str) -> None:
     assert_refuses(body, rule, reason)
 
 
+def addmm(more: str = "") -> str:
+    return f"{ADDMM}%y = aten.addmm.default(self=%b, mat1=%x, mat2=%w{more})\noutput y = %y"
+
+
 @pytest.mark.parametrize(
     ("rule", "body"),
     [
@@ -199,21 +185,18 @@ def test_refuses_another_type(rule: Rule, body: str, reason: str) -> None:
             %y: i64[batch, sequence, 8] = aten.bitwise_and.Tensor(self=%x, other=%full)
             output y = %y""",
         ),
-        (
-            DropDoubleTranspose(),
-            f"""{FLOATS}
-            %a: f32[sequence, batch, 8] = aten.transpose.int(self=%x, dim0=0, dim1=1)
-            %y: f32[8, batch, sequence] = aten.transpose.int(self=%a, dim0=0, dim1=2)
-            output y = %y""",
-        ),
-        (
-            MergeReshapes(),
-            unary("aten.reshape.default(self=%x, shape=[batch, 8, sequence])", type="f32[batch, 8, sequence]"),
-        ),
+        (LinearOfAddmm(), addmm().replace("weight %w", "input %w").replace("weight %b", "input %b")),
+        (LinearOfAddmm(), addmm(", beta=0.5")),
+        (LinearOfAddmm(), addmm(", alpha=2")),
+        (LinearOfAddmm(), addmm().replace("%b: f32[6]", "%b: f32[1, 6]")),
         (NumberOperand(), unary("aten.div.Tensor(self=%c, other=%x)", SCALED)),
         (NumberOperand(), unary("aten.add.Tensor(self=%x, other=%c, alpha=2)", SCALED)),
         (NumberOperand(), unary("aten.mul.Tensor(self=%x, other=%c)", FLOATS + "weight %c: f32[1]\n")),
         (NumberOperand(), unary("aten.mul.Tensor(self=%x, other=%c)", FLOATS + "input %c: f32[]\n")),
+        (
+            NumberOperand(),
+            unary("aten.where.self(condition=%m, self=%x, other=%c)", MASKED.replace("c: f32[]", "c: f32[1]")),
+        ),
     ],
 )
 def test_does_not_match(rule: Rule, body: str) -> None:

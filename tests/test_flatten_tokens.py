@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from graphopt.errors import NoMatchError
-from graphopt.passes.canonicalize import MergeReshapes
 from graphopt.passes.flatten_tokens import (
     ADD_NORMS,
     BINARY,
@@ -17,8 +16,10 @@ from graphopt.passes.flatten_tokens import (
     FlattenTokens,
     FlattenUnary,
 )
+from graphopt.passes.moves import MergeReshapes
 from graphopt.rewrite import Rule
 from tests.rules import (
+    DIMS,
     Case,
     apply,
     apply_pass,
@@ -31,10 +32,6 @@ from tests.rules import (
     program,
 )
 
-DIMS = """
-    dim batch in [1, ...]
-    dim sequence in [1, ...]
-"""
 T = "f32[batch, sequence, 8]"
 F = "f32[batch*sequence, 8]"
 DOWN = "shape=[batch*sequence, 8]"

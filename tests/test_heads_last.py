@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from graphopt.errors import NoMatchError
-from graphopt.passes.canonicalize import DropDoubleTranspose
 from graphopt.passes.heads_last import HeadsLast, TurnAttention, TurnRotary
+from graphopt.passes.moves import MergePermutations
 from graphopt.rewrite import Rule
 from tests.rules import (
+    DIMS,
     Case,
     apply,
     apply_pass,
@@ -20,9 +21,7 @@ from tests.rules import (
     program,
 )
 
-QKV = """
-    dim batch in [1, ...]
-    dim sequence in [1, ...]
+QKV = f"""{DIMS}
     dim keys in [1, ...]
     input %q: f32[batch, sequence, 4, 8]
     input %k: f32[batch, keys, 2, 8]
@@ -50,9 +49,7 @@ def after(args: str, head: str = QKV) -> str:
         output y = %o"""
 
 
-ANGLES = """
-    dim batch in [1, ...]
-    dim sequence in [1, ...]
+ANGLES = f"""{DIMS}
     input %x: f32[batch, sequence, 4, 8]
     input %cos: f32[1, sequence, 3]
     input %sin: f32[1, sequence, 3]
@@ -74,9 +71,19 @@ def rotary_after(args: str = "") -> str:
 
 
 EVERYTHING = 'bias=%bias, key_mask=%mask, scale=0.5, causal="lower_right", window_left=9, softcap=5.0'
+PACKED = QKV.replace("dim keys in [1, ...]\n", "").replace("keys", "sequence").replace("%mask: bool", "%segments: i64")
+PACKED_ARGS = 'segments=%segments, scale=0.5, causal="upper_left", chunk=3'
+PREFIXED_ARGS = 'prefix=%mask, scale=0.5, causal="upper_left"'
 CASES = [
     Case("attention", TurnAttention(), before("scale=1.0"), after("scale=1.0")),
     Case("attention, everything", TurnAttention(), before(EVERYTHING), after(EVERYTHING)),
+    Case(
+        "attention, packed",
+        TurnAttention(),
+        before(PACKED_ARGS, PACKED + TURNED.replace("keys", "sequence")),
+        after(PACKED_ARGS, PACKED),
+    ),
+    Case("attention, prefix", TurnAttention(), before(PREFIXED_ARGS), after(PREFIXED_ARGS)),
     Case(
         "attention, shared transpose",
         TurnAttention(),
@@ -135,9 +142,7 @@ def test_does_not_match(rule: Rule, body: str) -> None:
 # The pass
 
 
-MODEL = f"""
-    dim batch in [1, ...]
-    dim sequence in [1, ...]
+MODEL = f"""{DIMS}
     input %q: f32[batch, sequence, 4, 8]
     input %k: f32[batch, sequence, 2, 8]
     input %v: f32[batch, sequence, 2, 6]
@@ -160,7 +165,7 @@ def test_every_transpose_goes() -> None:
         %rotary_embedding_1: f32[batch, sequence, 2, 8] = graphopt.rotary_embedding.default(x=%k, cos=%cos, sin=%sin, heads_last=True)
         %attention: f32[batch, sequence, 4, 6] = graphopt.attention.default(q=%rotary_embedding, k=%rotary_embedding_1, v=%v, scale=1.0, causal="upper_left", heads_last=True)
         output y = %attention""")  # noqa: E501
-    assert applied.matches == {"TurnRotary": 2, "TurnAttention": 1, "DropDoubleTranspose": 1}
+    assert applied.matches == {"TurnRotary": 2, "TurnAttention": 1, "MergePermutations": 1}
     assert_equal_runs(program(MODEL), applied.text)
 
 
@@ -170,7 +175,7 @@ def test_idempotent(body: str) -> None:
 
 
 def test_rules_of_the_pass() -> None:
-    assert [type(rule) for rule in HeadsLast().rules()] == [TurnRotary, TurnAttention, DropDoubleTranspose]
+    assert [type(rule) for rule in HeadsLast().rules()] == [TurnRotary, TurnAttention, MergePermutations]
 
 
 def test_nothing_to_turn_is_an_error() -> None:

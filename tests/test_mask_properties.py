@@ -80,6 +80,16 @@ def assert_not_vacuous(seen: Seen, examples: int, kinds: set[str]) -> None:
     assert kinds <= seen.kinds.keys(), seen.kinds
 
 
+@seed(0)
+@settings(max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(random_masks())
+def test_random_masks_are_graphs_as_others(made: tuple[Builder, list[Value]]) -> None:
+    """Every type is what torch derives."""
+    builder, masks = made
+    builder.graph.outputs = {f"mask {i}": mask for i, mask in enumerate(masks)}
+    builder.graph.verify()
+
+
 def test_claims_about_random_masks_are_true() -> None:
     assert_not_vacuous(claims_are_true(300), 300, KINDS - RARE)
 

@@ -170,7 +170,7 @@ def test_every_form_is_tested() -> None:
 #: Cases whose result is always the same: no chance, and nothing that means nothing.
 SURE = [case[:3] for case in CASES if "dropout" not in case[3] and "empty" not in case[0]]
 #: An empty tensor that says nothing but the dtype.
-PROMOTED = ("aten.cat.default", (["y: i64[s, 3, 4]", "z: f32[0]"],), {})
+PROMOTED: tuple[str, tuple[Any, ...], dict[str, Any]] = ("aten.cat.default", (["y: i64[s, 3, 4]", "z: f32[0]"],), {})
 SURE.append(PROMOTED)
 
 

@@ -350,6 +350,32 @@ def test_the_models_own_range_bounds_a_dim() -> None:
     assert traced(Positions(), inputs, axes, dims={"s": (1, 8)}).dims == {"s": DimRange(1, 8)}
 
 
+@pytest.mark.parametrize(
+    ("default", "expected"),
+    [
+        (DimRange(1, 16), DimRange(1, 8)),
+        (DimRange(1, 5), DimRange(1, 5)),
+        (DimRange(3, None), DimRange(3, 8)),
+        (DimRange(1, 8), DimRange(1, 8)),
+    ],
+)
+def test_defaults_give_way_to_the_models_range(default: DimRange, expected: DimRange) -> None:
+    inputs, axes = {"x": torch.randn(4, 3)}, {"x": ("s", None)}
+    assert trace(Positions().eval(), inputs, axes, defaults={"s": default}).dims == {"s": expected}
+
+
+def test_dims_come_before_defaults() -> None:
+    inputs, axes = {"x": torch.randn(4, 3)}, {"x": ("s", None)}
+    graph = trace(Positions().eval(), inputs, axes, {"s": (2, 6)}, {"s": DimRange(1, 3), "other": DimRange(1, 2)})
+    assert graph.dims == {"s": DimRange(2, 6)}
+
+
+def test_inputs_that_hold_truths_are_noted() -> None:
+    inputs = {"x": torch.randn(2, 3), "mask": torch.ones(2, 3)}
+    graph = trace(Optional().eval(), inputs, {"x": ("b", None), "mask": ("b", None)}, truths=("mask", "unknown"))
+    assert graph.truths == {"mask"}
+
+
 def test_sizes_become_expressions() -> None:
     graph = of(lambda x: torch.arange(2 * x.shape[0] + 1) / x.shape[0])
     assert lines(graph)[2] == "%arange: i64[2*b + 1] = aten.arange.start_step(start=0, end=2*b + 1, dtype=i64)"

@@ -95,9 +95,12 @@ class Attention:
             parts.append(e.op("Equal", e.op("Div", key(), length), e.op("Div", query(), length)))
         if args["segments"] is not None:
             numbers = e.cast(e.value(args["segments"]), args["segments"].type.dtype, torch.int64)
-            columns, rows = (
-                e.op("Unsqueeze", numbers, e.constant(np.array(axes, np.int64))) for axes in ([1, 2], [1, 3])
-            )
+            own = numbers
+            if self.queries != self.keys:
+                ends = (e.size(self.keys - self.queries), e.size(self.keys), e.constant(np.array([1], np.int64)))
+                own = e.op("Slice", numbers, *ends)
+            columns = e.op("Unsqueeze", numbers, e.constant(np.array([1, 2], np.int64)))
+            rows = e.op("Unsqueeze", own, e.constant(np.array([1, 3], np.int64)))
             parts.append(e.op("Equal", columns, rows))
         if args["key_mask"] is not None:
             parts.append(e.op("Unsqueeze", e.value(args["key_mask"]), e.constant(np.array([1, 2], np.int64))))

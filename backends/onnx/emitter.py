@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.quirks import Quirk
-from graphopt.dims import Call, Dim, Size
+from graphopt.dims import Call, Dim, Size, names_of, rest_of
 from graphopt.errors import LoweringError
 from graphopt.ir import Graph, Node, TensorType, Value, Weight
 
@@ -244,6 +244,12 @@ class Emitter:
             for axis, size in enumerate(value.type.shape):
                 if isinstance(size, Dim) and size.name == name:
                     return self.op("Shape", self.value(value), start=axis, end=axis + 1)
+        for value in self.graph.inputs.values():  # in a sum with names that stand alone
+            for axis, size in enumerate(value.type.shape):
+                rest = rest_of(size, name) if name in names_of(size) else None
+                if rest is not None:
+                    whole = self.op("Shape", self.value(value), start=axis, end=axis + 1)
+                    return self.op("Sub", whole, self.size(rest))
         raise LoweringError(f"no input has the size {name!r}")
 
     def _emit(self, show: Sequence[str]) -> ir.Model:

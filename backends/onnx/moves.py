@@ -170,7 +170,9 @@ def _gather(e: Emitter, node: Node) -> Lowered:
 def _copy(e: Emitter, node: Node) -> Lowered:
     source = node.args["src"]
     cast = e.cast(e.value(source), source.type.dtype, _dtype(node))
-    return cast if source.type.shape == node.output.type.shape else e.op("Expand", cast, e.vector(node.output.type.shape))
+    return (
+        cast if source.type.shape == node.output.type.shape else e.op("Expand", cast, e.vector(node.output.type.shape))
+    )
 
 
 @lowers("aten.slice_scatter")

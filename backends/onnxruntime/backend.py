@@ -71,6 +71,8 @@ class OnnxRuntimeBackend(Backend):
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
         progress("tactics", 0.0)
         self.stopwatch(graph)
+        if self._tuner is not None:
+            self._tuner.sizes = self.options.tune or tuning_sizes(graph, graph.dims)  # passes may have added a past
         choose = self._tuner.choose if self._tuner else lambda node: None
         emitter = Emitter(graph, self.dialect, choose)
         built = write_model(emitter, folder, progress)

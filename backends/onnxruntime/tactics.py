@@ -28,6 +28,7 @@ from graphopt.dims import Dim
 from graphopt.errors import BackendError, LoweringError
 from graphopt.execution import run
 from graphopt.ir import DimRange, Graph, Node, TensorType, Value, map_arg
+from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import to_numpy, to_torch
 from graphopt.schemas.report import TacticReport
 from graphopt.text import arg_text
@@ -49,9 +50,12 @@ def cpu_features() -> str:
     return " ".join(name for name in known if name in flags) or platform.machine()
 
 
+DECODING = ((1, 1, 128), (1, 1, 1024), (1, 128, 1))  # batch, tokens, past
+
+
 def tuning_sizes(graph: Graph, dims: Mapping[str, DimRange]) -> list[dict[str, int]]:
-    """Sizes to time at: one short, several short, one long, as far as ``dims`` allows them. Dims at the first axis of an
-    input count the examples of a batch."""
+    """Sizes to time at: one short, several short, one long, as far as ``dims`` allows them; with a cache a prompt and single
+    tokens on a past of several lengths. Dims at the first axis of an input count the examples of a batch."""
     counts = {
         size.name
         for value in graph.inputs.values()
@@ -59,11 +63,13 @@ def tuning_sizes(graph: Graph, dims: Mapping[str, DimRange]) -> list[dict[str, i
         for size in value.type.shape[:1]
         if isinstance(size, Dim)
     }
+    layout = layout_of(graph)
+    past = None if layout is None else layout.past
     found: list[dict[str, int]] = []
-    for count, length in ((1, 128), (8, 128), (1, 512)):
+    for count, length, before in ((1, 128, 0), (8, 128, 0), (1, 512, 0)) if past is None else DECODING:
         sizes = {}
         for name, bounds in dims.items():
-            size = max(count if name in counts else length, bounds.min)
+            size = max(count if name in counts else before if name == past else length, bounds.min)
             sizes[name] = size if bounds.max is None else min(size, bounds.max)
         if sizes not in found:
             found.append(sizes)
@@ -79,7 +85,10 @@ class Tuner:
         self.dialect, self.sizes, self.threads, self.cache_file = dialect, sizes, threads, cache_file
         self.reports: dict[str, TacticReport] = {}
         self._cache: dict[str, Any] = _read(cache_file)
-        self._identity = f"onnxruntime {onnxruntime().__version__} | {cpu_features()} | threads {threads} | {sizes}"
+
+    @property
+    def _identity(self) -> str:
+        return f"onnxruntime {onnxruntime().__version__} | {cpu_features()} | threads {self.threads} | {self.sizes}"
 
     def choose(self, node: Node) -> str | None:
         """The fastest right form of a node."""

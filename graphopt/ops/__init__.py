@@ -70,7 +70,8 @@ def attention(
     - ``window_left``, ``window_right``: visible keys before and after the query's position, itself not counted; -1: all.
     - ``chunk`` c > 0: only keys of the query's own chunk of c positions are visible (Llama 4).
     - ``prefix`` bool ``[B, T]``: keys that ``causal`` and the windows do not hide (prefix language models).
-    - ``segments`` ``[B, T]`` of any dtype, S equal to T: a query sees keys of its own number only (packed sequences).
+    - ``segments`` ``[B, T]`` of any dtype: a query sees keys of its own number only (packed sequences); the queries are the
+      last S positions.
     - ``softcap`` c > 0: ``c * tanh(score / c)`` (Gemma 2).
     - ``heads_last``: q, k, v and the result have the sequence before the heads, ``[B, S, H, D]``.
 
@@ -184,7 +185,7 @@ def visible_keys(
     if chunk > 0:
         conditions.append(key // chunk == query // chunk)
     if segments is not None:
-        conditions.append(segments[:, None, :, None] == segments[:, None, None, :])
+        conditions.append(segments[:, None, keys - queries :, None] == segments[:, None, None, :])
     if key_mask is not None:
         conditions.append(key_mask[:, None, None, :])
     if kv_lengths is not None:
