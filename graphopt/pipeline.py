@@ -201,8 +201,9 @@ class Proof:
     def of_graph(self, graph: Graph, contract: Contract) -> StageParity:
         return self.of_call(lambda inputs: run(graph, inputs), layout_of(graph), contract)
 
-    def of_engine(self, engine: Engine, contract: Contract) -> StageParity:
-        layout = CacheLayout.of(engine.inputs, engine.outputs)
+    def of_engine(self, engine: Engine | Callable[..., Outputs], contract: Contract) -> StageParity:
+        """An engine, or anything that is called like one."""
+        layout = CacheLayout.of(engine.inputs, engine.outputs) if isinstance(engine, Engine) else None
         return self.of_call(lambda inputs: engine(**inputs), layout, contract)
 
     def of_call(self, call: Call, layout: CacheLayout | None, contract: Contract) -> StageParity:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - registers the op
 
 from graphopt.errors import TracingError
 from graphopt.ir import Graph, Value

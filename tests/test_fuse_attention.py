@@ -339,15 +339,14 @@ def test_a_key_mask_joins_what_is_there(known: str, made: list[str], args: tuple
 )
 def test_a_key_mask_of_any_shape_becomes_rows(mask: str, row: list[str]) -> None:
     head = f"{QKV}input %mask: {mask}\n"
-    made = ["bias = bitwise_and.Tensor(self=%mask, other=%mask)"]
     after = attention(of(*row, head=head), "key_mask=%rows", ONE)
-    assert_becomes(attention(of(*made, head=head), "bias=%bias", ONE), after, [ProveMask()])
+    assert_becomes(attention(head, "bias=%mask", ONE), after, [ProveMask()])
 
 
 def test_a_key_mask_may_say_what_is_hidden() -> None:
     head = f"{QKV}input %mask: i64[batch, 1, 1, keys]\n"
-    made = ["row = reshape.default(self=%mask, shape=[batch, keys])", "shown = eq.Scalar(self=%row, other=0)"]
-    after = attention(of(*made, head=head), "key_mask=%shown", ONE)
+    made = ["shown = eq.Scalar(self=%mask, other=0)", "row = reshape.default(self=%shown, shape=[batch, keys])"]
+    after = attention(of(*made, head=head), "key_mask=%row", ONE)
     body = attention(of("bias = eq.Scalar(self=%mask, other=0)", head=head), "bias=%bias", ONE)
     assert_becomes(body, after, [ProveMask()], SIZES[:2])
 
@@ -377,7 +376,7 @@ def test_segments_are_proven(made: tuple[str, ...], args: tuple[str, ...]) -> No
     assert_becomes(body, attention(PACKED, *args), [ProveMask()])
 
 
-def test_a_proven_integer_mask_is_cast_once() -> None:
+def test_attentions_of_one_mask_share_its_truths() -> None:
     made = (
         "on = ne.Scalar(self=%mask, other=0)",
         "on3 = unsqueeze.default(self=%on, dim=1)",
@@ -385,28 +384,37 @@ def test_a_proven_integer_mask_is_cast_once() -> None:
     )
     calls = "{}%p = graphopt.attention.default(q=%q, k=%k, v=%v, {}, scale=2.0)\n"
     body = attention(calls.format(of(*made), "bias=%bias"), "bias=%bias", ONE) + "\noutput p = %p"
-    cast = of("to = to.dtype(self=%mask, dtype=bool)")
+    after = attention(calls.format(of(made[0]), "key_mask=%on"), "key_mask=%on", ONE) + "\noutput p = %p"
     applied = apply(body, ProveMask())
-    assert applied.text == program(
-        attention(calls.format(cast, "key_mask=%to"), "key_mask=%to", ONE) + "\noutput p = %p"
-    )
+    assert applied.text == program(after)
     assert_equal_runs(program(body), applied.text)
+
+
+@pytest.mark.xfail(strict=True, reason="where a mask was hidden and shown again, that is taken, not the mask")
+def test_the_mask_that_was_given_is_the_key_mask() -> None:
+    made = (
+        "m3 = unsqueeze.default(self=%mask, dim=1)",
+        "m4 = unsqueeze.default(self=%m3, dim=1)",
+        "hidden = bitwise_not.default(self=%m4)",
+        "bias = bitwise_not.default(self=%hidden)",
+    )
+    body = attention(of(*made, head=GIVEN_MASK), "bias=%bias", ONE)
+    assert_becomes(body, attention(GIVEN_MASK, "key_mask=%mask", ONE), [ProveMask()])
 
 
 # Masks in parts
 
 
 RELATIVE = f"""{QKV}
-    input %relative: f32[1, 4, sequence, keys]
+    input %relative: f32[batch, 4, sequence, keys]
     input %mask: bool[batch, keys]
     input %mask_seen: bool[batch, 1, sequence, keys]
 """
 SHOWN = (
     "mask3 = unsqueeze.default(self=%mask, dim=1)",
     "shown = unsqueeze.default(self=%mask3, dim=1)",
-    "hidden = bitwise_not.default(self=%shown)",
-    "zeros = full.default(size=[batch, 1, 1, keys], fill_value=0.0, dtype=f32)",
-    "low = masked_fill.Scalar(self=%zeros, mask=%hidden, value=-3.4028234663852886e+38)",
+    "zero = full.default(size=[], fill_value=0.0, dtype=f32)",
+    "low = where.ScalarOther(condition=%shown, self=%zero, other=-3.4028234663852886e+38)",
 )
 CAUSAL = (
     "i = arange.start_step(start=0, end=sequence, dtype=i64)",
@@ -435,8 +443,8 @@ def parts(*made: str) -> str:
             STAYS,
         ),
         (
-            (*SHOWN, "b = masked_fill.Scalar(self=%relative, mask=%hidden, value=-10000.0)"),
-            ("bias=%relative", "key_mask=%mask", ONE),
+            (*CAUSAL, "h = bitwise_not.default(self=%causal)", "b = masked_fill.Scalar(self=%relative, mask=%h, value=-10000.0)"),
+            ("bias=%relative", ONE, UPPER),
             STAYS,
         ),
         (
@@ -542,6 +550,9 @@ def test_a_mask_of_attention_with_heads_last_counts_positions() -> None:
     assert_becomes(body, attention(head, ONE, UPPER, "heads_last=True", **own), [ProveMask()])
 
 
+WIDE_SIZES = [{"batch": 2, "sequence": 6, "keys": 6}, {"batch": 3, "sequence": 7, "keys": 5}]
+
+
 def joined(*made: str, head: str = GIVEN_MASK) -> str:
     first = ("mask3 = unsqueeze.default(self=%mask, dim=1)", "pad = unsqueeze.default(self=%mask3, dim=1)")
     names = POSITIONS + lines(*first)
@@ -549,6 +560,22 @@ def joined(*made: str, head: str = GIVEN_MASK) -> str:
 
 
 COUNTED = f"{QKV}input %numbers: i64[batch, 1, sequence, keys]\ninput %mask_seen: bool[batch, 1, sequence, keys]\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        joined("p = bitwise_or.Tensor(self=%causal, other=%pad)", "b = bitwise_and.Tensor(self=%p, other=%near)"),
+        joined("p = bitwise_or.Tensor(self=%causal, other=%pad)", "b = bitwise_and.Tensor(self=%near, other=%p)"),
+        joined("p = bitwise_or.Tensor(self=%causal, other=%ahead)", "b = bitwise_or.Tensor(self=%p, other=%pad)"),
+        joined("p = bitwise_or.Tensor(self=%causal, other=%pad)", "b = bitwise_and.Tensor(self=%p, other=%chunk)"),
+        attention(of(*LONGER_MADE, head=LONGER), "bias=%bias", ONE),
+    ],
+    ids=["prefix, window", "window, prefix", "two bounds or a prefix", "prefix, chunks", "part of a longer mask"],
+)
+def test_masks_near_known_ones_are_equal(body: str) -> None:
+    """A window beside a prefix is not under it; one of two bounds is not both."""
+    assert_keeps(body, ProveMask(), sizes=WIDE_SIZES)
 
 
 @pytest.mark.parametrize(
@@ -575,18 +602,6 @@ COUNTED = f"{QKV}input %numbers: i64[batch, 1, sequence, keys]\ninput %mask_seen
             ),
         ),
         wrong(
-            "a window beside a prefix goes under the prefix",
-            joined("p = bitwise_or.Tensor(self=%causal, other=%pad)", "b = bitwise_and.Tensor(self=%p, other=%near)"),
-        ),
-        wrong(
-            "one of two bounds or a prefix becomes both bounds or the prefix",
-            joined("p = bitwise_or.Tensor(self=%causal, other=%ahead)", "b = bitwise_or.Tensor(self=%p, other=%pad)"),
-        ),
-        wrong(
-            "a key mask that is a part of a longer one (GraphError)",
-            attention(of(*LONGER_MADE, head=LONGER), "bias=%bias", ONE),
-        ),
-        wrong(
             "integers that are left of a mask (TypeError)",
             attention(
                 of("b = where.ScalarOther(condition=%mask_seen, self=%numbers, other=-inf)", head=COUNTED),
@@ -597,9 +612,7 @@ COUNTED = f"{QKV}input %numbers: i64[batch, 1, sequence, keys]\ninput %mask_seen
     ],
 )
 def test_masks_that_are_not_understood_stay(body: str) -> None:
-    assert_keeps(
-        body, ProveMask(), sizes=[{"batch": 2, "sequence": 6, "keys": 6}, {"batch": 3, "sequence": 7, "keys": 5}]
-    )
+    assert_keeps(body, ProveMask(), sizes=WIDE_SIZES)
 
 
 # The pass
@@ -701,10 +714,9 @@ def test_the_report_holds_the_refusal() -> None:
 def test_the_report_says_why_an_attention_does_not_match() -> None:
     applied = apply_pass(spelled("n = neg.default(self=%s)", scores="n"), FuseAttention(allow_no_match=True))
     assert applied.matches == {}
-    assert applied.reasons == [
-        "expected aten.matmul or aten.bmm or aten.baddbmm or aten.mul or aten.div or aten.add or aten.masked_fill or "
-        "aten.where or aten.reshape or aten.to, not %n, aten.neg.default"
-    ]
+    (reason,) = applied.reasons
+    assert reason.startswith("expected aten.matmul or aten.bmm or aten.baddbmm or aten.mul or ")
+    assert reason.endswith(", not %n, aten.neg.default")
 
 
 def test_a_refused_attention_is_reported_once() -> None:

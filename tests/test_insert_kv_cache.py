@@ -58,13 +58,13 @@ graph {
   %h: f32[batch, 2, sequence, 4] = aten.transpose.int(self=%heads, dim0=1, dim1=2)
   %cat: f32[batch, 2, past + sequence, 4] = aten.cat.default(tensors=[%past_key_values.0.key, %h], dim=2)
   %cat_1: f32[batch, 2, past + sequence, 4] = aten.cat.default(tensors=[%past_key_values.0.value, %h], dim=2)
-  %a: f32[batch, 2, sequence, 4] = graphopt.attention.default(q=%h, k=%cat, v=%cat_1, key_mask=%to, scale=1.0, causal="lower_right")
+  %a: f32[batch, 2, sequence, 4] = graphopt.attention.default(q=%h, k=%cat, v=%cat_1, key_mask=%to, scale=1.0, LOWER)
   %b: f32[batch, sequence, 2, 4] = aten.transpose.int(self=%a, dim0=1, dim1=2)
   output y = %b
   output present.0.key = %cat
   output present.0.value = %cat_1
 }
-"""
+""".replace("LOWER", 'causal="lower_right"')
 
 
 def inserted(text: str) -> Graph:

@@ -400,7 +400,6 @@ def test_rows_split_by_counts_and_used_otherwise_are_refused() -> None:
     assert "test_routing.py" in str(error.value.where)
 
 
-@pytest.mark.xfail(strict=True, reason="the grouped product is an op of transformers, which nobody has imported")
 def test_a_grouped_product_needs_no_transformers() -> None:
     script = """if True:
         import torch

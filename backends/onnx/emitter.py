@@ -236,8 +236,9 @@ class Emitter:
 
     def _call(self, call: Call) -> ir.Value:
         a, b = self.size(call.a), self.size(call.b)
-        names = {"//": "Div", "%": "Mod", "max": "Max", "min": "Min"}  # sizes are >= 0: truncation is floor
-        return self.op(names[call.fn], a, b)
+        if call.fn == "//":  # ONNX truncates; what the remainder leaves divides evenly
+            return self.op("Div", self.op("Sub", a, self.op("Mod", a, b)), b)
+        return self.op({"%": "Mod", "max": "Max", "min": "Min"}[call.fn], a, b)
 
     def _named_size(self, name: str) -> ir.Value:
         for value in self.graph.inputs.values():

@@ -84,7 +84,7 @@ def _logical(op_type: str) -> Lowering:
 
 for _name, _op_type in {
     "neg": "Neg", "abs": "Abs", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "cos": "Cos", "sin": "Sin", "tanh": "Tanh",
-    "sigmoid": "Sigmoid", "relu": "Relu", "erf": "Erf", "reciprocal": "Reciprocal", "softplus": "Softplus", "floor": "Floor",
+    "sigmoid": "Sigmoid", "relu": "Relu", "erf": "Erf", "reciprocal": "Reciprocal", "floor": "Floor",
     "ceil": "Ceil", "sign": "Sign",
 }.items():  # fmt: skip
     LOWERINGS[f"aten.{_name}"] = _unary(_op_type)
@@ -106,6 +106,16 @@ for _name, _op_type in {"and": "And", "or": "Or", "xor": "Xor", "not": "Not"}.it
 @lowers("aten.rsqrt")
 def _rsqrt(e: Emitter, node: Node) -> Lowered:
     return e.op("Reciprocal", e.op("Sqrt", e.value(node.args["self"])))
+
+
+@lowers("aten.softplus")
+def _softplus(e: Emitter, node: Node) -> Lowered:
+    """``log(1 + exp(beta x)) / beta``; torch is linear above its threshold, where the two are one in floating point."""
+    beta, dtype = node.args["beta"], _dtype(node)
+    x = e.value(node.args["self"])
+    if beta == 1:
+        return e.op("Softplus", x)
+    return e.op("Div", e.op("Softplus", e.op("Mul", x, e.constant(beta, dtype))), e.constant(beta, dtype))
 
 
 @lowers("aten.div")
