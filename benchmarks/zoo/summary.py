@@ -78,8 +78,8 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
             found.append(Goal.at_least(f"attentions fused, {attention}, of {total}", 98.0, share, " %"))
     beside = [row for row in rows if row.export is not None]
     if beside:
-        lost = {row.name for row in beside if row.export and row.export.right and not row.graphopt.right}
-        won = {row.name for row in beside if row.export and not row.export.right and row.graphopt.right}
+        lost = {row.name for row in beside if row.export and row.export.right and row.name not in right}
+        won = {row.name for row in beside if row.export and not row.export.right and row.name in right}
         found.append(Goal.at_most("classes where torch.onnx.export is right and graphopt is not", 0, len(lost)))
         found.append(Goal.at_least("classes where graphopt is right and torch.onnx.export is not", 1, len(won)))
     return found
