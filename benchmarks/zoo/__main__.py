@@ -54,8 +54,8 @@ def run(animals: Sequence[Animal], *, beside: bool, jobs: int, console: Console)
     with quiet():
         work = [
             (animal, attention, beside and attention == known[-1])
-            for animal in animals
-            for attention in (known := implementations(animal))
+            for animal, known in [(animal, implementations(animal)) for animal in animals]
+            for attention in known
         ]
     with ProcessPoolExecutor(jobs) as pool:
         for index, row in enumerate(pool.map(attempt, work)):
