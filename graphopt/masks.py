@@ -186,15 +186,13 @@ class _Classifier:
         return keys is not None
 
     def _keys(self, part: Condition) -> Keys | None:
-        """A tensor that holds the condition, or its negation."""
-        for condition, where_zero in ((part, False), (negation(part), True)):
-            candidates: list[Element] = list(self.reader.by_key.get(condition, ()))
-            if isinstance(condition, NonZero):
-                candidates += [condition.element, *self.reader.by_key.get(as_integer(condition.element), ())]
-            for element in candidates:
-                if self._is_row(element):
-                    return Keys(element.value, where_zero)
-        return None
+        """A tensor that holds the condition, or its negation; rather one that was given than one that was computed."""
+        both = ((part, False), (negation(part), True))
+        given = [(c.element, zero) for c, zero in both if isinstance(c, NonZero)]
+        held = [(element, zero) for c, zero in both for element in self.reader.by_key.get(c, ())]
+        numbers = [(e, zero) for element, zero in given for e in self.reader.by_key.get(as_integer(element), ())]
+        rows = (Keys(element.value, zero) for element, zero in (*given, *held, *numbers) if self._is_row(element))
+        return next(rows, None)
 
     def _is_row(self, element: Element) -> bool:
         """Whether an element's tensor is ``[T]`` or ``[B, T]`` but for axes of one element."""

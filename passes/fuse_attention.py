@@ -74,6 +74,7 @@ class FoldRepeatKv(Rule):
         return op.graphopt.attention(q, keys, values, ...)
 
     def rewrite(self, op: Build, m: Match) -> Value:
+        require(not m.node.args["heads_last"], "the heads are last")
         dims = m.dims(q="b h s d", k="b n t d", v="b n t e")
         b, n, t = dims["b"], dims["n"], dims["t"]
         require(len(m.expanded) == 5, "the heads are not repeated by one new axis")
@@ -129,13 +130,18 @@ def _parts(op: Build, mask: Value) -> Iterator[Value]:
     node = mask.producer
     name = "" if node is None else node.op.removeprefix("aten.")
     args: Any = {} if node is None else node.args
-    sums = name == "add.Tensor" and args["alpha"] == 1
+    floating = all(operand.type.dtype.is_floating_point for operand in ([] if node is None else node.operands))
+    sums = name == "add.Tensor" and args["alpha"] == 1 and floating
     if (sums or name == "bitwise_and.Tensor") and isinstance(args["other"], Value):
         yield from (part for key in ("self", "other") for part in _parts(op, args[key]))
-    elif name == "where.ScalarOther" and masks.hides(float(args["other"])):
+    elif (
+        name == "where.ScalarOther" and masks.hides(float(args["other"])) and args["self"].type.dtype.is_floating_point
+    ):
         yield args["condition"]
         yield from _parts(op, args["self"])
-    elif name == "masked_fill.Scalar" and masks.hides(float(args["value"])):
+    elif (
+        name == "masked_fill.Scalar" and masks.hides(float(args["value"])) and args["self"].type.dtype.is_floating_point
+    ):
         yield op.reuse("bitwise_not.default", args["mask"])
         yield from _parts(op, args["self"])
     else:

@@ -87,9 +87,13 @@ ROTARY: tuple[Rule, ...] = (FuseRotary(), FusePairs(), FusePartialRotary())
 def _rotary(op: Build, x: Value, cos: Value, sin: Value, pairing: Pairing) -> Value:
     require(x.type.dtype == cos.type.dtype == sin.type.dtype, "x, cos and sin differ in dtype")
     require(len(x.type.shape) == 4, f"x has {len(x.type.shape)} dimensions")
+    for name, angle in (("cos", cos), ("sin", sin)):
+        pairs = x.type.shape[3] // 2
+        require(angle.type.shape[-1:] == (pairs,), f"{name} is {angle.type}, not one angle for each of {pairs} pairs")
     last = _heads_are_last(x, cos)
     batch, sequence = x.type.shape[0], x.type.shape[1 if last else 2]
     angles = [_angle(op, name, angle, batch, sequence, last) for name, angle in (("cos", cos), ("sin", sin))]
+    require(angles[0].type == angles[1].type, "cos and sin differ in type")
     result: Value = op.graphopt.rotary_embedding(x, *angles, interleaved=pairing == "neighbours", heads_last=last)
     return result
 
@@ -177,8 +181,12 @@ def are_equal(graph: Graph | None, value: Value, pairing: Pairing) -> bool:
             bool(tensors) and all(are_equal(graph, operand, pairing) for operand in tensors)
             and all(operand.type.shape[-1:] in ((), (1,)) for operand in others)
         )  # fmt: skip
-    if name in _MOVES or (name in ("slice", "transpose", "select") and last not in _axes(node)):
+    if name in _MOVES or name in ("slice", "transpose", "select"):
         table: Any = node.args.get("self", node.args.get("weight"))
+        rank = len(table.type.shape)
+        indexed = len(node.args["indices"]) if name == "index" else 0
+        if rank - 1 in _axes(node) or last in _axes(node) or indexed == rank:
+            return False
         return table.type.shape[-1:] == value.type.shape[-1:] and are_equal(graph, table, pairing)
     if name == "reshape" and node.args["self"].type.shape[-1:] == value.type.shape[-1:]:
         return are_equal(graph, node.args["self"], pairing)
@@ -200,7 +208,11 @@ def _doubles(node: Node, name: str, last: int) -> Pairing | None:
         return "neighbours" if args.get("repeats") == 2 and args.get("dim") == last else None
     if name == "reshape":
         stack = args["self"].producer
-        if stack is not None and stack.op == "aten.stack.default" and stack.args["dim"] == last + 1:
+        if (
+            stack is not None
+            and stack.op == "aten.stack.default"
+            and stack.args["dim"] == len(stack.output.type.shape) - 1 == last + 1
+        ):
             tensors = stack.args["tensors"]
             return "neighbours" if len(tensors) == 2 and tensors[0] is tensors[1] else None
     return None

@@ -92,6 +92,7 @@ class FuseSpelledAttention(Rule):
         result = op.graphopt.attention(
             q, k, v, bias, sinks=sinks, scale=scores.scale, softcap=scores.softcap,
         )  # fmt: skip
+        _require_plain_steps(m)
         for step in m.weights or ():
             if step.kind == "by":
                 result = op.mul.Tensor(result, _of_heads(op, step.tensor, layout, "the weights"))
@@ -106,6 +107,19 @@ def _require_fit(q: Value, k: Value, v: Value) -> None:
     require(k.type.shape[:3] == v.type.shape[:3], f"k is {k.type}, v {v.type}")
     require(k.type.shape[3] == q.type.shape[3], f"q is {q.type}, k {k.type}")
     require(shared in (1, heads), f"q has {heads} heads, k {shared}")
+
+
+def _require_plain_steps(m: Match) -> None:
+    """Casts stay floating, views keep queries and keys apart."""
+    ends = _softmax_of(m).type.shape[-2:]
+    keys = m.v.type.shape[-2:-1]
+    for node in m.found.nodes.values():
+        if node.op == "aten.to.dtype":
+            require(node.output.type.dtype.is_floating_point, f"the scores are cast to {node.output.type.dtype}")
+        if node.op == "aten.reshape.default":
+            shapes = {node.args["self"].type.shape[-2:], node.output.type.shape[-2:]}
+            kept = shapes == {ends} or shapes == {(ends[0], *keys)}
+            require(kept, f"%{node.output.name} is viewed as other queries or keys")
 
 
 class _Layout:
@@ -221,6 +235,7 @@ class _Scores:
         self.added: list[Value] = []  # floating, to be added
         self.shown: list[Value] = []  # boolean: which keys are visible
         self.gates: list[Value] = []
+        self.fills: list[float] = []  # what hidden scores became
         shape = _product_shape(m)
         if m.q_scale is not None:
             self._times(float(m.q_scale) if m.q_kind == "times" else 1 / _not_zero(m.q_scale))
@@ -240,12 +255,14 @@ class _Scores:
             self._times(1 / _not_zero(step.number))
         elif step.kind == "cap":
             require(not self.added and not self.shown and not self.softcap, "the scores are capped after a mask")
+            require(float(step.number) > 0, f"the scores are capped at {step.number:g}")
             self.softcap = float(step.number)
         elif step.kind == "plus":
             self._plus(step.tensor, shape)
         elif step.kind in ("hide", "show"):
             require(step.tensor.type.dtype == torch.bool, "what hides keys is not boolean")
             require(masks.hides(float(step.fill)), f"hidden scores become {step.fill:g}, which does not hide them")
+            self.fills.append(float(step.fill))
             visible = step.tensor
             if step.kind == "hide":
                 visible = self.op.reuse("bitwise_not.default", visible)
@@ -254,12 +271,17 @@ class _Scores:
             self._by(step.tensor, shape)
         elif step.kind in ("floor", "clamp"):
             lowest = _constant(self.graph, step.tensor) if step.kind == "floor" else float(step.fill)
-            low = lowest is not None and masks.hides(lowest)
-            require(low, "the scores are raised to a number that hidden keys are not below")
+            require(
+                lowest is not None and masks.hides(lowest),
+                "the scores are raised to a number that hidden keys are not below",
+            )
+            self.fills.append(lowest or 0.0)
 
     def _times(self, number: float) -> None:
         require(not self.softcap, "the scores are scaled after they are capped")
         require(number > 0 or not (self.added or self.shown), "a mask is turned round")
+        self.fills = [fill * number for fill in self.fills]
+        require(all(map(masks.hides, self.fills)), "hidden scores are scaled until they do not hide")
         self.scale *= number
         self.added = [self.op.mul.Tensor(bias, number) for bias in self.added] if number != 1 else self.added
 
@@ -341,6 +363,17 @@ def _sink_of_each_head(op: Build, m: Match, layout: _Layout) -> Value:
     require(m.end == _softmax_of(m).type.shape[-1] - 1, "the weights of some keys are left out")
     flat: Value = value if value.type.shape == (heads,) else op.reshape(value, (heads,))
     return flat
+
+
+def _spreads_heads(sink: Value, heads: Size) -> bool:
+    """Whether a vector of sinks comes to lie along the heads: by a view as ``[1, H, 1, 1]`` before it is spread."""
+    node = sink.producer
+    while node is not None and node.op in ("aten.expand.default", "aten.reshape.default", "aten.to.dtype"):
+        shape = node.args["self"].type.shape
+        if len(shape) >= 3 and shape[-3:] == (heads, 1, 1):
+            return True
+        node = node.args["self"].producer
+    return False
 
 
 def _of_heads(op: Build, factor: Value, layout: _Layout, what: str) -> Value:

@@ -269,6 +269,11 @@ def wrong(reason: str, body: str) -> object:
     return pytest.param(body, id=reason, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
+def mended(reason: str, body: str) -> object:
+    """A graph that was rewritten wrongly once, and is not any more, as a parameter."""
+    return pytest.param(body, id=reason)
+
+
 # Traced functions
 
 

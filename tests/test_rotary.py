@@ -22,10 +22,10 @@ from tests.rules import (
     assert_not_matched,
     assert_refuses,
     lines,
+    mended,
     program,
     read,
     traced,
-    wrong,
 )
 
 X = f"{DIMS}input %x: f32[batch, 4, sequence, 8]\n"
@@ -573,29 +573,29 @@ STACKED_EARLY = f"""{DIMS}
 @pytest.mark.parametrize(
     "body",
     [
-        wrong("one angle for all pairs turns the first pair only", pairs(head=given("batch, 1, sequence, 1"))),
-        wrong("one angle for all neighbours too", pairs("neighbours", "neighbours", given("batch, 1, sequence, 1"))),
-        wrong("cos and sin of different batches (GraphError)", pairs(head=given("batch, 1, sequence, 4", sin="sequence, 4"))),
-        wrong("cos and sin of different widths (GraphError)", pairs(head=given("sequence, 4", sin="sequence, 1"))),
-        wrong(
+        mended("one angle for all pairs turns the first pair only", pairs(head=given("batch, 1, sequence, 1"))),
+        mended("one angle for all neighbours too", pairs("neighbours", "neighbours", given("batch, 1, sequence, 1"))),
+        mended("cos and sin of different batches (GraphError)", pairs(head=given("batch, 1, sequence, 4", sin="sequence, 4"))),
+        mended("cos and sin of different widths (GraphError)", pairs(head=given("sequence, 4", sin="sequence, 1"))),
+        mended(
             "more angles than pairs (GraphError)",
             pairs(head=NARROW).replace("start=0, end=4", "start=0, end=1").replace("start=4, end=8", "start=1, end=2"),
         ),
-        wrong("cos and sin of different batches, whole heads (GraphError)", MIXED_BATCHES + turn()),
-        wrong(
+        mended("cos and sin of different batches, whole heads (GraphError)", MIXED_BATCHES + turn()),
+        mended(
             "features of angles that are picked in another order",
             permuted_angles("index_select.default(self=%angle, dim=1, index=%place)"),
         ),
-        wrong(
+        mended(
             "features of angles that are indexed in another order",
             permuted_angles("index.Tensor(self=%angle, indices=[None, %place])"),
         ),
-        wrong(
+        mended(
             "the last axis of angles selected away",
             permuted_angles("select.int(self=%angle, dim=2, index=3)").replace("%f: f32[sequence, 4]", "%f: f32[sequence, 8, 4]")
             .replace("tensors=[%f, %f], dim=1", "tensors=[%f, %f], dim=2"),
         ),
-        wrong("angles that are stacked before their last axis", STACKED_EARLY),
+        mended("angles that are stacked before their last axis", STACKED_EARLY),
     ],
 )  # fmt: skip
 def test_what_they_do_not_understand_they_leave(body: str) -> None:

@@ -33,6 +33,7 @@ from tests.rules import (
     attention,
     fused,
     lines,
+    mended,
     program,
     read,
     wrong,
@@ -1008,14 +1009,14 @@ OF_QUERIES = """
 @pytest.mark.parametrize(
     "body",
     [
-        wrong("scores that were integers in between", spelled(*(line.format("s") for line in INTEGER))),
-        wrong("weights that were integers in between", spelled(after=[line.format("w") for line in INTEGER])),
-        wrong("a negative cap is no cap for the op", spelled(*capped("s", -2.0))),
-        wrong(
+        mended("scores that were integers in between", spelled(*(line.format("s") for line in INTEGER))),
+        mended("weights that were integers in between", spelled(after=[line.format("w") for line in INTEGER])),
+        mended("a negative cap is no cap for the op", spelled(*capped("s", -2.0))),
+        mended(
             "-10000 that is made smaller hides no more",
             spelled(filled(-10000.0), "m = div.Tensor(self=%f, other=5000.0)", head=HIDDEN),
         ),
-        wrong(
+        mended(
             "a floor of -10000 that is made smaller hides no more",
             raised("clamp", -10000.0, "m = div.Tensor(self=%r, other=5000.0)"),
         ),
@@ -1027,11 +1028,11 @@ OF_QUERIES = """
                 + lines(f"low = full.default(size=[batch, 4, sequence, keys], fill_value={LOWEST}, dtype=f32)"),
             ),
         ),
-        wrong(
+        mended(
             "scores that are regrouped to other rows",
             spelled("x = reshape.default(self=%s, shape=[2, 4, 12, 5])", head=FIXED, after=REGROUPED),
         ),
-        wrong(
+        mended(
             "a softmax over queries and keys together",
             spelled("x = reshape.default(self=%s, shape=[2, 4, 60])", head=FIXED, after=REGROUPED, axis=2),
         ),
