@@ -154,6 +154,12 @@ def test_an_encoder_is_refused() -> None:
         load_passes([{"kind": "canonicalize"}, {"kind": "insert_kv_cache"}])
 
 
+def test_a_graph_without_attention_is_refused() -> None:
+    text = "graph {\n  dim s in [1, 8]\n  input %x: f32[s]\n  output y = %x\n}\n"
+    with pytest.raises(GraphError, match="there is no attention that could keep its keys"):
+        InsertKvCache().run(parse(text), Context())
+
+
 def test_the_steps_try_everything() -> None:
     assert step_lengths(1) == [1]
     assert step_lengths(2) == [1, 1]

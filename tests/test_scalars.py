@@ -233,7 +233,6 @@ def test_sizes_of_data_are_refused_with_their_line(module: type[nn.Module]) -> N
     assert error.value.hint == "make the size a function of the inputs' shapes"
 
 
-@pytest.mark.xfail(strict=True, reason="ONNX divides towards zero; a size below zero is divided downwards")
 def test_a_size_that_is_rounded_up() -> None:
     """``-(-s // 4)``, as blocks are counted."""
 
