@@ -20,7 +20,7 @@ from graphopt import operators
 from graphopt.execution import run
 from graphopt.ir import Graph, Node, TensorType, Value, Weight, leaves
 from graphopt.normalize import normalize
-from graphopt.passes.moves import MOVES
+from graphopt.passes.moves import MOVES, same_type
 from graphopt.patterns import Hole, Ops, TensorHole
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Build, Match, RewriteLog, Rule, applies, apply_rules, require
@@ -33,7 +33,7 @@ class DropAddZero(Rule):
         return op.add(x, 0, alpha=alpha) | op.sub(x, 0, alpha=alpha)
 
     def rewrite(self, op: Build, m: Match) -> Value:
-        return _same_type(m)
+        return same_type(m)
 
 
 class DropMulOne(Rule):
@@ -43,7 +43,7 @@ class DropMulOne(Rule):
         return op.mul(x, 1) | op.div(x, 1) | op.pow(x, 1)
 
     def rewrite(self, op: Build, m: Match) -> Value:
-        return _same_type(m)
+        return same_type(m)
 
 
 class DropAndTrue(Rule):
@@ -56,13 +56,7 @@ class DropAndTrue(Rule):
 
     def rewrite(self, op: Build, m: Match) -> Value:
         applies(m.x.type.dtype == torch.bool)
-        return _same_type(m)
-
-
-def _same_type(m: Match) -> Value:
-    require(m.x.type == m.roots[0].type, f"the result is {m.roots[0].type}, not {m.x.type}")
-    found: Value = m.x
-    return found
+        return same_type(m)
 
 
 class LinearOfAddmm(Rule):

@@ -132,7 +132,6 @@ class _Layout:
         shape = softmax.type.shape
         require(len(shape) >= 3, f"the scores have {len(shape)} dimensions")
         require(m.axis == len(shape) - 1, "the softmax is not over the keys")
-        self.queries = shape[-2]
         self.lead: tuple[Size, Size]
         if len(shape) == 3:
             split = _unmerged(op, m.q)
@@ -341,9 +340,8 @@ def _not_zero(number: Any) -> float:
 
 def _product_shape(m: Match) -> tuple[Size, ...]:
     packets = ("aten.matmul", "aten.bmm", "aten.baddbmm")
-    operands = (m.q, m.keys)
     for node in m.found.nodes.values():
-        if node.op.startswith(packets) and node is not m.node and operands[1] in node.operands:
+        if node.op.startswith(packets) and node is not m.node and m.keys in node.operands:
             shape: tuple[Size, ...] = node.output.type.shape
             return shape
     raise AssertionError("the pattern has a product")
@@ -363,17 +361,6 @@ def _sink_of_each_head(op: Build, m: Match, layout: _Layout) -> Value:
     require(m.end == _softmax_of(m).type.shape[-1] - 1, "the weights of some keys are left out")
     flat: Value = value if value.type.shape == (heads,) else op.reshape(value, (heads,))
     return flat
-
-
-def _spreads_heads(sink: Value, heads: Size) -> bool:
-    """Whether a vector of sinks comes to lie along the heads: by a view as ``[1, H, 1, 1]`` before it is spread."""
-    node = sink.producer
-    while node is not None and node.op in ("aten.expand.default", "aten.reshape.default", "aten.to.dtype"):
-        shape = node.args["self"].type.shape
-        if len(shape) >= 3 and shape[-3:] == (heads, 1, 1):
-            return True
-        node = node.args["self"].producer
-    return False
 
 
 def _of_heads(op: Build, factor: Value, layout: _Layout, what: str) -> Value:

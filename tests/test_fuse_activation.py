@@ -21,6 +21,7 @@ from graphopt.passes.fuse_activation import (
 )
 from graphopt.rewrite import Rule
 from tests.rules import (
+    DIMS,
     Case,
     apply,
     apply_pass,
@@ -35,11 +36,7 @@ from tests.rules import (
 )
 
 T = "f32[batch, sequence, 8]"
-X = f"""
-    dim batch in [1, ...]
-    dim sequence in [1, ...]
-    input %x: {T}
-"""
+X = f"{DIMS}input %x: {T}\n"
 GATED = f"{X}input %up: {T}\n"
 
 

@@ -10,6 +10,7 @@ from graphopt.errors import NoMatchError
 from graphopt.passes.fuse_norm import FuseAddLayerNorm, FuseAddRmsNorm, FuseLayerNorm, FuseNorm, FuseRmsNorm
 from graphopt.rewrite import Rule
 from tests.rules import (
+    DIMS,
     Case,
     apply,
     apply_pass,
@@ -23,10 +24,6 @@ from tests.rules import (
     program,
 )
 
-DIMS = """
-    dim batch in [1, ...]
-    dim sequence in [1, ...]
-"""
 WHOLE = "f32[batch, sequence, 8]"
 ONE = "f32[batch, sequence, 1]"
 X = f"{DIMS}input %x: {WHOLE}\n"
