@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from graphopt.eager import eager, kept
 from graphopt.errors import GraphError, ParityError, PipelineError, TracingError
 from graphopt.ir import DimRange, Graph
 from graphopt.models import load_model
-from graphopt.parity import Contract, bisect
+from graphopt.parity import Contract, Probe, bisect
 from graphopt.pipeline import (
     Context,
     Instrument,
@@ -34,7 +35,7 @@ from graphopt.pipeline import (
     validation_message,
 )
 from graphopt.probes import make_probes
-from graphopt.runtime.cache import CacheLayout
+from graphopt.runtime.cache import CacheLayout, compacted, take
 from graphopt.runtime.engine import Engine, spec_of
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig
@@ -192,15 +193,42 @@ class _Announcer:
 
 def make_proof(source: Source, graph: Graph) -> Proof:
     """Probes for the graph and eager's outputs on them."""
-    probes = make_probes(
-        source.sample(), graph.dims, source.traced, source.mask if source.mask in graph.inputs else None
+    mask = source.mask if source.mask in graph.inputs else None
+    return _proof(
+        source, make_probes(source.sample(), graph.dims, source.traced, mask), set(graph.inputs), set(graph.outputs)
     )
+
+
+def _proof(source: Source, probes: list[Probe], inputs: set[str], outputs: set[str]) -> Proof:
+    """The probes' ``inputs``, and what eager says of the probes as they are or with all padding at the end."""
     call = eager(source.module)
-    references = [kept(call(**probe.inputs), graph.outputs) for probe in probes]
-    for probe in probes:
-        for name in probe.inputs.keys() - graph.inputs.keys():
-            del probe.inputs[name]
-    return Proof(probes, references)
+
+    def held(probes: list[Probe], compact: Callable[[], Proof] | None = None) -> Proof:
+        references = [kept(call(**probe.inputs), outputs) for probe in probes]
+        fed = [{name: tensor for name, tensor in probe.inputs.items() if name in inputs} for probe in probes]
+        return Proof(
+            [replace(probe, inputs=feeds) for probe, feeds in zip(probes, fed, strict=True)],
+            references,
+            compact=compact,
+        )
+
+    @functools.cache
+    def compact() -> Proof:
+        return held([_compact(source, probe) for probe in probes])
+
+    return held(probes, compact)
+
+
+def _compact(source: Source, probe: Probe) -> Probe:
+    """The probe with every row's padding behind its tokens."""
+    if source.mask is None or probe.mask is None:
+        return probe
+    order, along = compacted(probe.mask), source.axes[source.mask][1]
+    inputs = {
+        name: take(tensor, order, source.axes[name].index(along)) if along in source.axes.get(name, ()) else tensor
+        for name, tensor in probe.inputs.items()
+    }
+    return replace(probe, inputs=inputs, mask=inputs[source.mask])
 
 
 def _check_trace(build: _Build, graph: Graph, proof: Proof) -> StageParity:
@@ -278,12 +306,14 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
         if isinstance(model, str)
         else transformers_source(model)
     )
-    probes = make_probes(source.sample(), engine.dims, source.traced, engine.manifest.mask, seed=1)
-    call = eager(source.module)
-    references = [kept(call(**probe.inputs), engine.outputs) for probe in probes]
     layout = CacheLayout.of(engine.inputs, engine.outputs)
+    mask = engine.manifest.mask if layout is None else source.mask
+    dims = {name: bounds for name, bounds in engine.dims.items() if name in source.traced}
+    proof = _proof(
+        source, make_probes(source.sample(), dims, source.traced, mask, seed=1), engine.inputs, engine.outputs
+    )
     cached = set() if layout is None else set(layout.names.values())
-    missing = engine.outputs.keys() - references[0].keys() - cached
+    missing = engine.outputs.keys() - proof.references[0].keys() - cached
     if missing:
         raise ParityError(
             f"the model has no output {', '.join(sorted(missing))}", hint="is it the model the engine was made of?"
@@ -292,7 +322,4 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     contract: Contract = Exact()
     if stage is not None and stage.contract != "exact":
         contract = Budget(metric=stage.metric, limit=stage.limit)
-    for probe in probes:
-        for name in probe.inputs.keys() - engine.inputs.keys():
-            del probe.inputs[name]
-    return Proof(probes, references).of_engine(engine, contract)
+    return proof.of_engine(engine, contract)

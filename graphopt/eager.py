@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,6 @@ def eager(module: nn.Module) -> Callable[..., dict[str, Tensor]]:
     return call
 
 
-def kept(outputs: Mapping[str, Tensor], names: Mapping[str, object]) -> dict[str, Tensor]:
+def kept(outputs: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
     """The outputs that a graph has as well."""
     return {name: tensor for name, tensor in outputs.items() if name in names}

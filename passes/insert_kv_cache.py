@@ -1,6 +1,6 @@
 """A decoder that keeps its keys and values: inputs for those of the past, outputs for those of past and present.
 
-::
+``layout: growing`` puts the new ones behind the past ones, in tensors as long as the text so far::
 
     %a = graphopt.attention.default(                   %k2 = aten.cat.default(tensors=[%past_key_values.0.key, %k], dim=2)
         q=%q, k=%k, v=%v, key_mask=%mask,     ->       %v2 = aten.cat.default(tensors=[%past_key_values.0.value, %v], dim=2)
@@ -8,8 +8,17 @@
                                                            scale=0.125, causal="lower_right")
                                                        output present.0.key = %k2
 
+``layout: static`` writes them into buffers of ``max_length`` positions, for each row of the batch where its text ends::
+
+    %k2 = graphopt.kv_cache_update.default(cache=%past_key_values.0.key, new=%k, starts=%past_lengths)
+    %v2 = graphopt.kv_cache_update.default(cache=%past_key_values.0.value, new=%v, starts=%past_lengths)
+    %a = graphopt.attention.default(q=%q, k=%k2, v=%v2, starts=%past_lengths, scale=0.125, causal="upper_left")
+    output present.0.key = %k2
+
 Nothing knows an architecture. What depends on the tokens is computed for the new ones; what depends on positions and the
-padding mask alone is computed for all positions, past ones included, and where it meets tokens its last rows are taken.
+padding mask alone is computed for all positions, past ones included, and where it meets tokens the new tokens' part of it is
+taken. A token's position is the number of real tokens before it: of a growing cache the padding mask ``[batch, past +
+sequence]`` says which are real; the rows of a static one have no padding before their end, so that it needs no mask.
 """
 
 from __future__ import annotations
@@ -17,39 +26,59 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor
+
 from graphopt import attentions
-from graphopt.dims import Dim, names_of
+from graphopt.dims import Dim, Size, names_of
 from graphopt.errors import GraphError
+from graphopt.execution import run
 from graphopt.ir import DimRange, Graph, Node, TensorType, Value, map_arg
-from graphopt.passes.tails import Tails
+from graphopt.passes.position_rows import PositionRows, columns_of
+from graphopt.passes.tails import ELEMENTWISE, Tails
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import RewriteLog
-from graphopt.runtime.cache import past_name, present_name
+from graphopt.runtime.cache import PAST_LENGTHS, past_name, present_name
+
+_ORIGIN = ("insert_kv_cache",)
 
 
 class InsertKvCache(Pass):
     """Keys and values of earlier tokens come in as inputs and go out as outputs."""
 
     kind: Literal["insert_kv_cache"] = "insert_kv_cache"
+    layout: Literal["growing", "static"] = "growing"
+    """``growing``: as long as the text, the names and shapes that optimum has. ``static``: buffers written in place."""
+    max_length: PositiveInt | None = None
+    """How many positions a static cache has."""
     past: str = "past"
-    """The name of the past's length."""
+    """The name of the past's length in a growing cache."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"attention"})
     provides: ClassVar[frozenset[str]] = frozenset({"cache"})
 
+    @model_validator(mode="after")
+    def _needs_its_length(self) -> InsertKvCache:
+        if self.layout == "static" and self.max_length is None:
+            raise ValueError("layout: static needs max_length, the number of positions of the cache")
+        if self.layout == "growing" and self.max_length is not None:
+            raise ValueError("max_length is for layout: static; a growing cache has no length of its own")
+        return self
+
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
-        log.matches["attention"] = _Insertion(graph, self.past).run()
+        insertion = _Growing(graph, self.past) if self.max_length is None else _Static(graph, self.max_length)
+        log.matches["attention"] = insertion.run()
         graph.prune()
         return log
 
 
 @dataclass
 class _Insertion:
+    """What both layouts share."""
+
     graph: Graph
-    past: str
-    origin: tuple[str, ...] = ("insert_kv_cache",)
-    data: set[Value] = field(default_factory=set)
 
     def run(self) -> int:
         graph = self.graph
@@ -57,21 +86,47 @@ class _Insertion:
         if not nodes:
             raise GraphError("there is no attention that could keep its keys", hint="run fuse_attention before")
         self.sequence = self._sequence(nodes)
-        self._find_data()
+        self.masks = [graph.value(name) for name in graph.truths]
+        self.data = self._data()
         for node in nodes:
-            self._require_causal(node)
-        if self.past in graph.dims:
-            raise GraphError(f"there is a size named {self.past} already", hint="set past to another name")
-        longest = graph.dims[self.sequence].max
-        graph.dims[self.past] = DimRange(0, None if longest is None else longest - 1)
-        self.tails = Tails(graph, self.sequence, self.past, self.data, next(graph.nodes))
+            self._check(node)
+        self.new = Dim.named(self.sequence)
+        self.place = next(graph.nodes)
+        total = self._begin()
+        self.tails = Tails(graph, self.sequence, total, self.place, self._whole_input)
+        self.rows = self._position_rows()
         for node in list(graph.nodes):
             if node.graph is graph and any(value in self.data for value in node.outputs):
                 self._feed(node)
         for index, node in enumerate(nodes):
             self._keep(node, index)
-        self._swap_inputs()
+        graph.prune()
+        self._order_inputs()
         return len(nodes)
+
+    # What the layouts differ in
+
+    def _begin(self) -> Size:
+        """How many positions there are, past ones included."""
+        raise NotImplementedError
+
+    def _whole_input(self, value: Value, type: TensorType) -> Value:
+        """The padding mask for all positions."""
+        raise NotImplementedError
+
+    def _position_rows(self) -> PositionRows | None:
+        """Takes values at each row's own positions; None where all rows have the same."""
+        raise NotImplementedError
+
+    def _attend(self, node: Node) -> None:
+        """Give an attention its masks and its bias for the new queries."""
+        raise NotImplementedError
+
+    def _keep(self, node: Node, index: int) -> None:
+        """Put the past before the keys and values of an attention."""
+        raise NotImplementedError
+
+    # Reading the graph
 
     def _sequence(self, nodes: list[Node]) -> str:
         """The name of the sequence's length: that of every attention's queries and keys."""
@@ -86,17 +141,16 @@ class _Insertion:
             )
         return size.name
 
-    def _find_data(self) -> None:
+    def _data(self) -> set[Value]:
         """Everything that depends on tokens: on an input along the sequence that is not the padding mask."""
         named = Dim.named(self.sequence)
-        for name, value in self.graph.inputs.items():
-            if named in value.type.shape and name not in self.graph.truths:
-                self.data.add(value)
+        found = {value for value in self.graph.inputs.values() if named in value.type.shape} - set(self.masks)
         for node in self.graph.nodes:
-            if any(operand in self.data for operand in node.operands):
-                self.data.update(node.outputs)
+            if any(operand in found for operand in node.operands):
+                found.update(node.outputs)
+        return found
 
-    def _require_causal(self, node: Node) -> None:
+    def _check(self, node: Node) -> None:
         args = node.args
         if not all(args[name] in self.data for name in ("q", "k", "v")):
             raise GraphError("its keys do not come from the tokens", where=node.where)
@@ -112,17 +166,12 @@ class _Insertion:
                     f"its {name} depends on the tokens, so it cannot be computed for the past", where=node.where
                 )
 
+    # Rewriting it
+
     def _feed(self, node: Node) -> None:
         """Give a node of the tokens what belongs to the new ones."""
         if node.op == attentions.FUSED:
-            changed = {
-                name: self.tails.whole(node.args[name])
-                for name in ("key_mask", "segments", "prefix")
-                if node.args[name]
-            }
-            if node.args["bias"] is not None:
-                changed["bias"] = self._rows(node.args["bias"])
-            self.graph.set_args(node, changed)
+            self._attend(node)
             return
         changed = {
             name: map_arg(arg, lambda leaf: self._of_new(leaf, node) if isinstance(leaf, Value) else leaf)
@@ -130,47 +179,193 @@ class _Insertion:
         }
         self.graph.set_args(node, changed)
 
-    def _rows(self, bias: Value) -> Value:
-        """The rows of the new queries, with a column for every key."""
-        row = len(bias.type.shape) - 2
-        return self.tails.last(bias, row) if row >= 0 else self.tails.whole(bias)
-
     def _of_new(self, value: Value, node: Node) -> Value:
         if value in self.data or not self.tails.depends(value):
             return value
-        axes = [axis for axis, size in enumerate(value.type.shape) if size == Dim.named(self.sequence)]
+        axes = [axis for axis, size in enumerate(value.type.shape) if size == self.new]
         if len(axes) > 1:
             what = f"%{value.name} is of positions by positions and meets tokens outside an attention"
             raise GraphError(what, where=node.where)
         if not axes and any(self.sequence in names_of(size) for size in value.type.shape):
             return value  # as many as there are tokens, in another order than theirs
-        return self.tails.last(value, axes[0]) if axes else self.tails.whole(value)
+        if not axes:
+            return self.tails.whole(value)
+        if self.rows is None:
+            return self.tails.last(value, axes[0])
+        spreads = node.op.rpartition(".")[0] in ELEMENTWISE
+        return self.rows.at(value, axes[0], len((node.output if spreads else value).type.shape))
+
+    def _past(self, node: Node, index: int, positions: Size) -> tuple[Value, Value]:
+        """Inputs for the keys and values of an attention's past."""
+        pasts = []
+        for name, part in (("k", "key"), ("v", "value")):
+            batch, heads, _, size = node.args[name].type.shape
+            type = TensorType(node.args[name].type.dtype, (batch, heads, positions, size))
+            pasts.append(self.graph.add_input(past_name(index, part), type))
+        return pasts[0], pasts[1]
+
+    def _present(self, node: Node, index: int, op: str, args: tuple[dict[str, object], dict[str, object]]) -> None:
+        """Let an attention see past and new keys and values, and give them out."""
+        joined = {}
+        for name, part, each in zip(("k", "v"), ("key", "value"), args, strict=True):
+            both = self.graph.insert(op, each, before=node, origin=(*node.origin, *_ORIGIN)).output
+            joined[name] = self.graph.outputs[present_name(index, part)] = both
+        self.graph.set_args(node, joined)
+
+    def _order_inputs(self) -> None:
+        """The cache last, a padding mask in its old place."""
+        graph = self.graph
+        for mask in self.masks:
+            place = list(graph.inputs).index(mask.name)
+            is_needed = bool(mask.users)
+            whole = self._replacement(mask)
+            if whole is None and is_needed:
+                raise GraphError(f"%{mask.name} is used for the new tokens alone", hint="a cache needs it for all positions")
+            graph.remove_input(mask)
+            if whole is not None:
+                graph.rename_input(whole, mask.name)
+                graph.truths.add(mask.name)
+                names = [name for name in graph.inputs if name != mask.name]
+                names.insert(place, mask.name)
+                graph.inputs = {name: graph.inputs[name] for name in names}
+        last = [name for name in graph.inputs if name.startswith("past_key_values.")]
+        graph.inputs = {name: graph.inputs[name] for name in (*(n for n in graph.inputs if n not in last), *last)}
+
+    def _replacement(self, mask: Value) -> Value | None:
+        """The input that a padding mask has become."""
+        return None
+
+
+@dataclass
+class _Growing(_Insertion):
+    past: str
+    wholes: dict[Value, Value] = field(default_factory=dict)
+
+    def _begin(self) -> Size:
+        if self.past in self.graph.dims:
+            raise GraphError(f"there is a size named {self.past} already", hint="set past to another name")
+        longest = self.graph.dims[self.sequence].max
+        self.graph.dims[self.past] = DimRange(0, None if longest is None else longest - 1)
+        return Dim.named(self.past) + self.new
+
+    def _whole_input(self, value: Value, type: TensorType) -> Value:
+        self.wholes[value] = self.graph.add_input(self.graph.unique(f"{value.name}.whole"), type)
+        return self.wholes[value]
+
+    def _replacement(self, mask: Value) -> Value | None:
+        return self.wholes.get(mask)
+
+    def _position_rows(self) -> PositionRows | None:
+        """Positions counted along the padding mask; without one they are those of the columns."""
+        if len(self.masks) != 1 or len(self.masks[0].type.shape) != 2:
+            return None
+
+        def insert(op: str, **args: object) -> Value:
+            return self.graph.insert(op, args, before=self.place, origin=_ORIGIN).output
+
+        real = self.tails.whole(self.masks[0])
+        if real.type.dtype != torch.int64:
+            real = insert("aten.to.dtype", self=real, dtype=torch.int64)
+        counted = insert("aten.cumsum.default", self=real, dim=1)
+        own = insert("aten.slice.Tensor", self=counted, dim=1, start=self.tails.start, end=self.tails.total)
+        before = insert("aten.sub.Tensor", self=own, other=1)
+        return PositionRows(self.tails, insert("aten.clamp.default", self=before, min=0), columns_of(self.graph, self.masks))
+
+    def _attend(self, node: Node) -> None:
+        names = ("key_mask", "segments", "prefix")
+        changed = {name: self.tails.whole(node.args[name]) for name in names if node.args[name] is not None}
+        bias = node.args["bias"]
+        if bias is not None:
+            row = len(bias.type.shape) - 2
+            changed["bias"] = self.tails.last(bias, row) if row >= 0 else self.tails.whole(bias)
+        self.graph.set_args(node, changed)
 
     def _keep(self, node: Node, index: int) -> None:
-        """Put the past before the keys and values of an attention."""
-        joined = {}
-        for name, part in (("k", "key"), ("v", "value")):
-            new = node.args[name]
-            batch, heads, _, size = new.type.shape
-            type = TensorType(new.type.dtype, (batch, heads, Dim.named(self.past), size))
-            past = self.graph.add_input(past_name(index, part), type)
-            both = self.graph.insert(
-                "aten.cat.default", {"tensors": (past, new), "dim": 2}, before=node, origin=(*node.origin, *self.origin)
-            )
-            joined[name] = both.output
-            self.graph.outputs[present_name(index, part)] = both.output
-        self.graph.set_args(node, {**joined, "causal": "lower_right"})
+        pasts = self._past(node, index, Dim.named(self.past))
+        cats = tuple({"tensors": (past, node.args[name]), "dim": 2} for past, name in zip(pasts, "kv", strict=True))
+        self._present(node, index, "aten.cat.default", (cats[0], cats[1]))
+        self.graph.set_args(node, {"causal": "lower_right"})
 
-    def _swap_inputs(self) -> None:
-        """The padding mask has the past's positions too; it takes its old place among the inputs."""
-        graph = self.graph
+
+@dataclass
+class _Static(_Insertion):
+    max_length: int
+    chunks: dict[Node, int] = field(default_factory=dict)
+
+    def _begin(self) -> Size:
+        bounds = self.graph.dims[self.sequence]
+        if bounds.max is not None and self.max_length > bounds.max:
+            raise GraphError(
+                f"a cache of {self.max_length} positions is longer than the model's {bounds.max}",
+                hint=f"set max_length to {bounds.max} at most, or give {self.sequence} a wider range in dims",
+            )
+        self.graph.dims[self.sequence] = DimRange(bounds.min, self.max_length)
+        self.starts = self.graph.add_input(PAST_LENGTHS, TensorType(torch.int64, (self._batch(),)))
+        return self.max_length
+
+    def _batch(self) -> Size:
+        """The first size of the tokens."""
+        tokens = next(value for value in self.graph.inputs.values() if value in self.data)
+        return tokens.type.shape[0]
+
+    def _whole_input(self, value: Value, type: TensorType) -> Value:
+        """All ones: what a token sees ends with itself, and before the end of a row there is no padding."""
+        args = {"size": type.shape, "fill_value": 1, "dtype": type.dtype}
+        return self.graph.insert("aten.full.default", args, before=self.place, origin=_ORIGIN).output
+
+    def _position_rows(self) -> PositionRows | None:
+        def insert(op: str, **args: object) -> Value:
+            return self.graph.insert(op, args, before=self.place, origin=_ORIGIN).output
+
+        own = insert("aten.arange.start_step", start=0, end=self.new, step=1, dtype=torch.int64)
+        column = insert("aten.unsqueeze.default", self=self.starts, dim=1)
+        return PositionRows(self.tails, insert("aten.add.Tensor", self=column, other=own), set())
+
+    def _check(self, node: Node) -> None:
+        super()._check(node)
+        for name in ("prefix", "kv_lengths"):
+            if node.args[name] is not None:
+                raise GraphError(f"its {name} belong to a whole text", where=node.where, hint="take layout: growing")
+        mask = node.args["key_mask"]
+        if mask is not None and not self._without_padding(mask).all():
+            raise GraphError(f"%{mask.name} hides keys where there is no padding", where=node.where)
+        if node.args["segments"] is not None:
+            chunk = self._chunk(node)
+            if chunk is None:
+                raise GraphError("its segments are no chunks of one length", where=node.where, hint="take layout: growing")
+            self.chunks[node] = chunk
+
+    def _chunk(self, node: Node) -> int | None:
+        """The length of the chunks that segments are in a text without padding."""
+        numbers = self._without_padding(node.args["segments"])[0]
+        changes = (numbers.diff() != 0).nonzero()
+        length = int(changes[0]) + 1 if len(changes) else self.max_length
+        return length if torch.equal(numbers - numbers[0], torch.arange(self.max_length) // length) else None
+
+    def _without_padding(self, value: Value) -> Tensor:
+        """What a value that follows the padding mask is for a text of the cache's length."""
+        graph = self.graph.clone()
+        graph.outputs = {"value": graph.value(value.name)}
         graph.prune()
-        for name, value in list(graph.inputs.items()):
-            whole = self.tails.inputs.get(value)
-            if whole is not None:
-                is_truth = name in graph.truths
-                graph.remove_input(value)
-                graph.rename_input(whole, name)
-                graph.truths |= {name} if is_truth else set()
-        order = [name for name in graph.inputs if not name.startswith("past_key_values.")]
-        graph.inputs = {name: graph.inputs[name] for name in (*order, *(n for n in graph.inputs if n not in order))}
+        for unused in [unused for unused in graph.inputs.values() if not unused.users]:
+            graph.remove_input(unused)
+        sizes = {name: self.max_length if name == self.sequence else max(1, b.min) for name, b in graph.dims.items()}
+        types = {name: mask.type.concrete(sizes) for name, mask in graph.inputs.items()}
+        return run(graph, {name: torch.ones(*type.shape, dtype=type.dtype) for name, type in types.items()})["value"]  # type: ignore[arg-type]  # numbers
+
+    def _attend(self, node: Node) -> None:
+        changed: dict[str, object] = {"key_mask": None, "starts": self.starts, "causal": "upper_left"}
+        if node.args["segments"] is not None:
+            changed |= {"segments": None, "chunk": self.chunks[node]}
+        bias = node.args["bias"]
+        if bias is not None:
+            row = len(bias.type.shape) - 2
+            queries = row >= 0 and bias.type.shape[row] == self.new
+            assert self.rows is not None
+            changed["bias"] = self.rows.at(bias, row, 4) if queries else self.tails.whole(bias)
+        self.graph.set_args(node, changed)
+
+    def _keep(self, node: Node, index: int) -> None:
+        pasts = self._past(node, index, self.max_length)
+        keys, values = ({"cache": past, "new": node.args[name], "starts": self.starts} for past, name in zip(pasts, "kv", strict=True))
+        self._present(node, index, "graphopt.kv_cache_update.default", (keys, values))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from graphopt.dims import Dim, Size, evaluate, names_of
@@ -21,18 +22,18 @@ ELEMENTWISE = frozenset(
 
 @dataclass
 class Tails:
-    """Makes, before ``place``, what the graph's values are when ``past`` positions come before the ``sequence`` new ones."""
+    """Makes, before ``place``, what the graph's values are when there are ``total`` positions, the last of them being the
+    ``sequence`` new ones. ``whole_input`` makes an input of the graph for all positions."""
 
     graph: Graph
     sequence: str
-    past: str
-    data: set[Value]
+    total: Size
     place: Node
-    inputs: dict[Value, Value] = field(default_factory=dict)
+    whole_input: Callable[[Value, TensorType], Value]
 
     def __post_init__(self) -> None:
-        self.new, self.start = Dim.named(self.sequence), Dim.named(self.past)
-        self.total: Size = self.start + self.new
+        self.new = Dim.named(self.sequence)
+        self.start = self.total - self.new
         self._wholes: dict[Value, Value] = {}
         self._tails: dict[tuple[Value, int], Value] = {}
         self._depends: dict[Value, bool] = {}
@@ -55,20 +56,18 @@ class Tails:
         if value not in self._wholes:
             node = value.producer
             if node is None:
-                self._wholes[value] = self.inputs[value] = self._input(value)
+                shape = tuple(self.at_total(size) for size in value.type.shape)
+                self._wholes[value] = self.whole_input(value, TensorType(value.type.dtype, shape))
             else:
                 made = self._insert(node, {name: map_arg(arg, self._whole_leaf) for name, arg in node.args.items()})
                 self._wholes.update(zip(node.outputs, made.outputs, strict=True))
         return self._wholes[value]
 
-    def _input(self, value: Value) -> Value:
-        shape = tuple(self._at_total(size) for size in value.type.shape)
-        return self.graph.add_input(self.graph.unique(f"{value.name}.whole"), TensorType(value.type.dtype, shape))
-
     def _whole_leaf(self, leaf: Any) -> Any:
-        return self.whole(leaf) if isinstance(leaf, Value) else self._at_total(leaf)
+        return self.whole(leaf) if isinstance(leaf, Value) else self.at_total(leaf)
 
-    def _at_total(self, leaf: Any) -> Any:
+    def at_total(self, leaf: Any) -> Any:
+        """An argument that is a size, for all positions."""
         if not isinstance(leaf, Dim) or self.sequence not in leaf.names:
             return leaf
         return evaluate(leaf, {name: self.total if name == self.sequence else Dim.named(name) for name in leaf.names})
@@ -97,7 +96,7 @@ class Tails:
         packet, args = node.op.rpartition(".")[0], node.args
         if packet == "aten.arange" and isinstance(args["start"], int) and isinstance(args["step"], int):
             start = args["start"] + self.start * args["step"]
-            return self._insert(node, {**args, "start": start, "end": self._at_total(args["end"])}).output
+            return self._insert(node, {**args, "start": start, "end": self.at_total(args["end"])}).output
         if packet in ELEMENTWISE:
             rank = len(value.type.shape)
             return self._insert(
@@ -120,18 +119,18 @@ class Tails:
             rows = {"self": self.whole(args["self"]), "start": self.start, "end": self.total}
             return self._insert(node, {**args, **rows}, value.type).output
         if packet == "aten.slice" and args["dim"] != axis:
-            sized = {key: self._at_total(args[key]) for key in ("start", "end")}
+            sized = {key: self.at_total(args[key]) for key in ("start", "end")}
             return self._insert(node, {**args, **sized, "self": self.last(args["self"], axis)}).output
         if packet == "aten.expand":
             lead = len(value.type.shape) - len(args["self"].type.shape)
             inner = self.last(args["self"], axis - lead) if axis >= lead else self.whole(args["self"])
-            size = tuple(self.new if place == axis else self._at_total(s) for place, s in enumerate(args["size"]))
+            size = tuple(self.new if place == axis else self.at_total(s) for place, s in enumerate(args["size"]))
             return self._insert(node, {**args, "self": inner, "size": size}).output
         return None
 
     def _aligned(self, leaf: Any, axis: int, rank: int) -> Any:
         """An operand of an element-wise op, broadcast from the last axis on."""
         if not isinstance(leaf, Value):
-            return self._at_total(leaf)
+            return self.at_total(leaf)
         own = axis - (rank - len(leaf.type.shape))
         return self.last(leaf, own) if own >= 0 else self.whole(leaf)

@@ -9,10 +9,8 @@ import torch
 
 import graphopt
 from benchmarks.zoo.catalog import ANIMALS
-from benchmarks.zoo.measure import make_probes
 from benchmarks.zoo.small import source as small_source
 from graphopt.compiler import make_proof
-from graphopt.eager import eager
 from graphopt.errors import GraphError, PipelineError
 from graphopt.execution import run
 from graphopt.ir import Graph
@@ -88,7 +86,7 @@ def test_steps_give_what_the_whole_gives(batch: int, sequence: int) -> None:
     InsertKvCache().run(graph, Context())
     layout = layout_of(graph)
     assert layout is not None
-    steps = as_if_uncached(lambda feeds: run(graph, feeds), layout)(**inputs)
+    steps = as_if_uncached(lambda feeds: run(graph, feeds), layout, inputs, inputs["mask"])
     torch.testing.assert_close(steps["y"], whole["y"])
 
 
@@ -100,22 +98,26 @@ DECODERS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "options", [{"layout": "growing"}, {"layout": "static", "max_length": 40}], ids=lambda o: o["layout"]
+)
 @pytest.mark.parametrize("name", DECODERS)
-def test_an_architecture_decodes_as_eager(name: str) -> None:
+def test_an_architecture_decodes_as_eager(name: str, options: dict[str, object]) -> None:
     animal = next(animal for animal in ANIMALS if animal.name == name)
     source = small_source(animal, "eager")
     graph = graphopt.trace(source.module, source.inputs, source.axes, defaults=source.dims, truths=source.truths)
     proof = make_proof(source, graph)
-    kinds = ("decompose_complex", "canonicalize", "fuse_attention", "insert_kv_cache")
-    reports = run_passes(graph, load_passes([{"kind": kind, "allow_no_match": True} for kind in kinds]), proof=proof)
+    kinds = ("decompose_complex", "canonicalize", "fuse_attention")
+    steps = [*({"kind": kind, "allow_no_match": True} for kind in kinds), {"kind": "insert_kv_cache", **options}]
+    reports = run_passes(graph, load_passes(steps), proof=proof)
     assert reports[-1].matches == {"attention": 2}
     layout = layout_of(graph)
     assert layout is not None
     assert len(layout.names) == 4
-    reference = eager(small_source(animal, "eager").module)
-    for probe in make_probes(source):
-        got = as_if_uncached(lambda feeds: run(graph, feeds), layout)(**probe.inputs)
-        expected = reference(**probe.inputs)
+    assert proof.compact is not None
+    texts = proof.compact()
+    for probe, expected in zip(texts.probes, texts.references, strict=True):
+        got = as_if_uncached(lambda feeds: run(graph, feeds), layout, probe.inputs, probe.mask)
         assert_parity({name: expected[name] for name in got}, dict(got), mask=probe.mask, relative=1e-4)
 
 
@@ -173,7 +175,7 @@ def test_the_last_step_has_a_past() -> None:
     layout = layout_of(graph)
     assert layout is not None
     inputs = {"tokens": torch.randn(2, 6, 8), "mask": torch.ones(2, 6, dtype=torch.int64)}
-    feeds = last_step(lambda given: run(graph, given), layout, inputs)
+    feeds = last_step(lambda given: run(graph, given), layout, inputs, inputs["mask"])
     assert feeds["tokens"].shape == (2, 1, 8)
     assert feeds["mask"].shape == (2, 6)
     assert feeds["past_key_values.0.key"].shape == (2, 2, 5, 4)

@@ -66,7 +66,7 @@ def tuning_sizes(graph: Graph, dims: Mapping[str, DimRange]) -> list[dict[str, i
     layout = layout_of(graph)
     past = None if layout is None else layout.past
     found: list[dict[str, int]] = []
-    for count, length, before in ((1, 128, 0), (8, 128, 0), (1, 512, 0)) if past is None else DECODING:
+    for count, length, before in ((1, 128, 0), (8, 128, 0), (1, 512, 0)) if layout is None else DECODING:
         sizes = {}
         for name, bounds in dims.items():
             size = max(count if name in counts else before if name == past else length, bounds.min)

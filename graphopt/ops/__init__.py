@@ -34,7 +34,7 @@ def _op(
 
 @_op(
     "(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? key_mask=None, Tensor? kv_lengths=None, "
-    "Tensor? sinks=None, Tensor? segments=None, Tensor? prefix=None, *, float scale, str causal='none', "
+    "Tensor? sinks=None, Tensor? segments=None, Tensor? prefix=None, Tensor? starts=None, *, float scale, str causal='none', "
     "int window_left=-1, int window_right=-1, int chunk=0, float softcap=0.0, bool heads_last=False) -> Tensor",
     shapes=lambda args: (_attention_shape(**{name: args[name] for name in ("q", "k", "v", "causal", "heads_last")}),),
 )
@@ -48,6 +48,7 @@ def attention(
     sinks: Tensor | None = None,
     segments: Tensor | None = None,
     prefix: Tensor | None = None,
+    starts: Tensor | None = None,
     *,
     scale: float,
     causal: str = "none",
@@ -72,6 +73,8 @@ def attention(
     - ``prefix`` bool ``[B, T]``: keys that ``causal`` and the windows do not hide (prefix language models).
     - ``segments`` ``[B, T]`` of any dtype: a query sees keys of its own number only (packed sequences); the queries are the
       last S positions.
+    - ``starts`` int ``[B]``: query i of row b stands at position ``starts[b] + i`` (k and v are buffers that are filled so
+      far); ``causal`` is ``upper_left`` then.
     - ``softcap`` c > 0: ``c * tanh(score / c)`` (Gemma 2).
     - ``heads_last``: q, k, v and the result have the sequence before the heads, ``[B, S, H, D]``.
 
@@ -87,8 +90,9 @@ def attention(
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
     visible = visible_keys(
-        k.shape[2], queries, q.device, key_mask, kv_lengths, segments, prefix, causal, window_left, window_right, chunk
-    )
+        k.shape[2], queries, q.device, key_mask, kv_lengths, segments, prefix, causal, window_left, window_right, chunk,
+        starts,
+    )  # fmt: skip
     if bias is not None and bias.dtype == torch.bool:
         visible = bias if visible is None else visible & bias
     elif bias is not None:
@@ -166,6 +170,7 @@ def visible_keys(
     window_left: int = -1,
     window_right: int = -1,
     chunk: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor | None:
     """Which keys each query may see, bool, broadcasting to ``[B, H, S, T]``; None for all."""
     _check_causal(causal)
@@ -173,6 +178,8 @@ def visible_keys(
     query = torch.arange(queries, device=device).unsqueeze(1)
     if causal == "lower_right":
         query = query + (keys - queries)
+    if starts is not None:
+        query = query + starts[:, None, None, None]
     conditions = []
     if causal != "none":
         conditions.append(key <= query)
@@ -198,6 +205,80 @@ def _all(conditions: list[Tensor]) -> Tensor:
     for condition in conditions[1:]:
         visible = visible & condition
     return visible
+
+
+def _update_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    cache, new = args["cache"], args["new"]
+    fits = cache.ndim == new.ndim == 4 and cache.dtype == new.dtype
+    if not fits or cache.shape[:2] != new.shape[:2] or cache.shape[3] != new.shape[3]:
+        raise ValueError(f"cache {list(cache.shape)} and new {list(new.shape)} do not fit together")
+    return (cache.new_empty(cache.shape),)
+
+
+@_op("(Tensor cache, Tensor new, Tensor starts) -> Tensor", _update_shapes)
+def kv_cache_update(cache: Tensor, new: Tensor, starts: Tensor) -> Tensor:
+    """The buffer with new keys or values in it: ``cache[b, :, starts[b] + i] = new[b, :, i]``.
+
+    cache ``[B, H, M, D]``, new ``[B, H, S, D]``, starts int ``[B]``; what falls behind the buffer's end is left out. A value
+    like any other here; backends write in place where past and present are one buffer."""
+    places = starts[:, None] + torch.arange(new.shape[2], device=new.device)
+    index = places.clamp(max=cache.shape[2])[:, None, :, None].expand_as(new)
+    return functional.pad(cache, (0, 0, 0, 1)).scatter(2, index, new)[:, :, :-1]
+
+
+def _cached_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    parts = [args[name].transpose(1, 2) if args["heads_last"] else args[name] for name in ("q", "k", "v")]
+    caches = args["k_cache"], args["v_cache"]
+    for new, cache in zip(parts[1:], caches, strict=True):
+        _update_shapes({"cache": cache, "new": new})
+    result = _attention_shape(*parts, "none", heads_last=False)
+    return (
+        result.transpose(1, 2) if args["heads_last"] else result,
+        *(cache.new_empty(cache.shape) for cache in caches),
+    )
+
+
+@_op(
+    "(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor starts, Tensor? bias=None, Tensor? sinks=None, "
+    "Tensor? cos=None, Tensor? sin=None, *, float scale, bool interleaved=False, int window_left=-1, int chunk=0, "
+    "float softcap=0.0, bool heads_last=False) -> (Tensor, Tensor, Tensor)",
+    _cached_shapes,
+)
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    starts: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    scale: float,
+    interleaved: bool = False,
+    window_left: int = -1,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    heads_last: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary embedding, cache update and causal attention over the buffers in one: ``(attention, k_cache, v_cache)``.
+
+    q ``[B, Hq, S, D]``, k, v ``[B, Hkv, S, D]`` (sequence before heads with ``heads_last``), caches ``[B, Hkv, M, D]``, starts
+    int ``[B]``; cos and sin, if given, ``[P, R/2]`` for positions from 0 on: q and k are rotated by their positions."""
+    if heads_last:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if cos is not None and sin is not None:
+        places = starts[:, None] + torch.arange(q.shape[2], device=q.device)
+        places = places.clamp(max=cos.shape[0] - 1)  # behind the end there is padding only
+        q, k = (rotary_embedding(x, cos[places], sin[places], interleaved=interleaved) for x in (q, k))
+    k_cache, v_cache = kv_cache_update(k_cache, k, starts), kv_cache_update(v_cache, v, starts)
+    result = attention(
+        q, k_cache, v_cache, bias, sinks=sinks, starts=starts, scale=scale, causal="upper_left",
+        window_left=window_left, chunk=chunk, softcap=softcap,
+    )  # fmt: skip
+    return result.transpose(1, 2) if heads_last else result, k_cache, v_cache
 
 
 @_op("(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, bool heads_last=False) -> Tensor", _rotary_shapes)

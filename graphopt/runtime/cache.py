@@ -1,4 +1,4 @@
-"""Engines with a cache: how its tensors are named, and running a sequence through in steps."""
+"""Engines with a cache: how its tensors are named, and running a whole text through in steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from graphopt.dims import Dim, Size
 from graphopt.ir import Graph, TensorType
+
+PAST_LENGTHS = "past_lengths"
+"""The input of a static cache that says how many positions each row has filled, i64 ``[batch]``."""
 
 
 def past_name(layer: int, part: str) -> str:
@@ -25,13 +29,18 @@ _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The cache of a graph or engine by its inputs and outputs. ``past`` and ``sequence`` name the lengths."""
+    """The cache of a graph or engine by its inputs and outputs.
+
+    ``sequence`` names the number of new tokens; ``past`` the number of past ones in a growing cache, which has the padding
+    mask of all positions, if any, as ``mask``; ``max_length`` is the number of positions of a static one."""
 
     inputs: Mapping[str, TensorType]
     outputs: Mapping[str, TensorType]
     names: Mapping[str, str]  # present by past
-    past: str
     sequence: str
+    past: str | None = None
+    mask: str | None = None
+    max_length: int | None = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, TensorType], outputs: Mapping[str, TensorType]) -> CacheLayout | None:
@@ -42,26 +51,36 @@ class CacheLayout:
         first, present = (
             types[name].shape[2] for types, name in zip((inputs, outputs), next(iter(names.items())), strict=True)
         )
-        return cls(inputs, outputs, names, _name(first), _name(present - first))
+        if isinstance(first, int):
+            token = next(type for name, type in inputs.items() if name not in names and name != PAST_LENGTHS)
+            return cls(inputs, outputs, names, _name(token.shape[1]), max_length=first)
+        mask = next((name for name, type in inputs.items() if name not in names and present in type.shape), None)
+        return cls(inputs, outputs, names, _name(present - first), _name(first), mask)
 
     @property
     def tokens(self) -> list[str]:
         """The inputs that hold new tokens: an axis of the sequence alone."""
         return [name for name, type in self.inputs.items() if name not in self.names and self.axis_of(type) is not None]
 
+    @property
+    def results(self) -> list[str]:
+        """The outputs that are no cache."""
+        return [name for name in self.outputs if name not in self.names.values()]
+
     def axis_of(self, type: TensorType) -> int | None:
         """The axis of new tokens."""
         sizes = list(type.shape)
         return sizes.index(Dim.named(self.sequence)) if Dim.named(self.sequence) in sizes else None
 
-    def empty(self, batch: int) -> dict[str, torch.Tensor]:
-        """A cache of no tokens."""
+    def empty(self, batch: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """A cache of no tokens: nothing in it, or buffers of zeros."""
         found = {}
         for name in self.names:
             _, heads, _, size = self.inputs[name].shape
             assert isinstance(heads, int)
             assert isinstance(size, int)
-            found[name] = torch.zeros((batch, heads, 0, size), dtype=self.inputs[name].dtype)
+            shape = batch, heads, self.max_length or 0, size
+            found[name] = torch.zeros(shape, dtype=self.inputs[name].dtype, device=device)
         return found
 
 
@@ -77,72 +96,120 @@ def layout_of(graph: Graph) -> CacheLayout | None:
     return CacheLayout.of(*types)
 
 
-Call = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+# A text without a cache, run in steps
+
+Call = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-Whole = Callable[..., Mapping[str, torch.Tensor]]
+def compacted(mask: Tensor) -> Tensor:
+    """Which position comes at each place, ``[batch, sequence]``, so that real tokens come first and padding last."""
+    return torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)
 
 
-def as_if_uncached(call: Call, layout: CacheLayout) -> Whole:
-    """A graph or engine with a cache, called with whole sequences: it runs them through in several steps.
-
-    Outputs along the sequence are put together, so that they compare with those of a model without a cache."""
-
-    def whole(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        pieces: dict[str, list[torch.Tensor]] = {}
-        for _, results in _steps(call, layout, inputs):
-            for name, tensor in results.items():
-                if name not in layout.names.values():
-                    pieces.setdefault(name, []).append(tensor)
-        return {name: _joined(layout, name, parts) for name, parts in pieces.items()}
-
-    return whole
+def take(tensor: Tensor, index: Tensor, axis: int = 1) -> Tensor:
+    """``tensor`` with the entries ``index[b]`` of row b along ``axis``; the first axis is the batch."""
+    rows = torch.arange(index.shape[0], device=tensor.device).unsqueeze(1)
+    return tensor.movedim(axis, 1)[rows, index].movedim(1, axis)
 
 
-def last_step(call: Call, layout: CacheLayout, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Step:
+    """One call: row b's tokens ``starts[b] .. starts[b] + counts[b]``, what it is fed with and what it gives."""
+
+    starts: Tensor
+    counts: Tensor
+    feeds: dict[str, Tensor]
+    results: Mapping[str, Tensor]
+
+
+def as_if_uncached(
+    call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None
+) -> dict[str, Tensor]:
+    """What a graph or engine with a cache gives for whole texts, which it is run through in several steps.
+
+    ``inputs`` are those of the model without a cache, real tokens first in each row, ``mask`` ``[batch, sequence]`` says which
+    those are. Outputs along the sequence are put together, so that they compare with the model's."""
+    found: dict[str, Tensor] = {}
+    length = _length(layout, inputs)
+    for step in steps_of(call, layout, inputs, mask):
+        for name in layout.results:
+            axis, result = layout.axis_of(layout.outputs[name]), step.results[name]
+            if axis is None:
+                found[name] = result
+                continue
+            if name not in found:
+                found[name] = result.new_zeros((*result.shape[:axis], length, *result.shape[axis + 1 :]))
+            for row, (start, count) in enumerate(zip(step.starts.tolist(), step.counts.tolist(), strict=True)):
+                found[name][row].narrow(axis - 1, start, count).copy_(result[row].narrow(axis - 1, 0, count))
+    if layout.max_length is None and mask is not None:
+        back = torch.argsort(_padding_first(mask), dim=1)
+        return {
+            name: tensor if (axis := layout.axis_of(layout.outputs[name])) is None else take(tensor, back, axis)
+            for name, tensor in found.items()
+        }
+    return found
+
+
+def last_step(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
     """What the last of those steps is called with."""
-    return [feeds for feeds, _ in _steps(call, layout, inputs)][-1]
+    return [step.feeds for step in steps_of(call, layout, inputs, mask)][-1]
 
 
-def _steps(
-    call: Call, layout: CacheLayout, inputs: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[dict[str, torch.Tensor], Mapping[str, torch.Tensor]]]:
+def steps_of(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> Iterator[Step]:
+    """A prompt, several tokens on top of it, single tokens: each row its own numbers of them in a static cache, all alike
+    and with padding in front in a growing one."""
+    length = _length(layout, inputs)
     given = {name: tensor for name, tensor in inputs.items() if name in layout.inputs}
-    cache = layout.empty(next(iter(given.values())).shape[0])
-    start = 0
-    for step in step_lengths(_tokens(layout, given)):
-        end = start + step
-        feeds = {name: _part(layout, name, tensor, start, end) for name, tensor in given.items()} | cache
+    batch = next(iter(given.values())).shape[0]
+    cache = layout.empty(batch)
+    lengths = torch.full((batch,), length) if mask is None else mask.sum(1)
+    if layout.max_length is None:
+        lengths = torch.full((batch,), length)
+        if mask is not None:
+            order = _padding_first(mask)
+            given = {name: _turned(layout, name, tensor, order) for name, tensor in given.items()}
+    starts = torch.zeros(batch, dtype=torch.int64)
+    for counts in torch.tensor([step_lengths(int(length)) for length in lengths]).T:
+        width = int(counts.max())
+        if not width:
+            continue
+        feeds = {name: _part(layout, name, tensor, starts, width) for name, tensor in given.items()} | cache
+        if layout.max_length is not None:
+            feeds[PAST_LENGTHS] = starts.clamp(max=layout.max_length - width)  # of a row that is through already
         results = call(feeds)
-        yield feeds, results
+        yield Step(starts, counts, feeds, results)
         cache = {past: results[present] for past, present in layout.names.items()}
-        start = end
+        starts = starts + counts
 
 
-def _part(layout: CacheLayout, name: str, tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:
+def _padding_first(mask: Tensor) -> Tensor:
+    return torch.argsort((mask != 0).to(torch.uint8), dim=1, stable=True)
+
+
+def _turned(layout: CacheLayout, name: str, tensor: Tensor, order: Tensor) -> Tensor:
+    axis = 1 if name == layout.mask else layout.axis_of(layout.inputs[name])
+    return tensor if axis is None else take(tensor, order, axis)
+
+
+def _part(layout: CacheLayout, name: str, tensor: Tensor, starts: Tensor, width: int) -> Tensor:
     """What a step sees of an input: its own tokens, or all positions up to them."""
-    sizes = layout.inputs[name].shape
-    for axis, size in enumerate(sizes):
-        if size == Dim.named(layout.sequence):
-            return tensor.narrow(axis, start, end - start).contiguous()
-        if isinstance(size, Dim) and layout.sequence in size.names:
-            return tensor.narrow(axis, 0, end).contiguous()
-    return tensor
-
-
-def _joined(layout: CacheLayout, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
-    axis = layout.axis_of(layout.outputs[name])
-    return parts[-1] if axis is None else torch.cat(parts, axis)
+    if name == layout.mask:
+        return tensor[:, : int(starts.max()) + width].contiguous()
+    axis = layout.axis_of(layout.inputs[name])
+    if axis is None:
+        return tensor
+    index = (starts.unsqueeze(1) + torch.arange(width)).clamp(max=tensor.shape[axis] - 1)
+    return take(tensor, index, axis).contiguous()
 
 
 def step_lengths(length: int) -> list[int]:
-    """Steps that try everything: a prompt, several tokens on top of it, single tokens."""
+    """How many tokens a text of ``length`` gives to each of four steps."""
     prompt = (length + 1) // 2
     singles = min(2, length - prompt)
-    return [step for step in (prompt, length - prompt - singles, *[1] * singles) if step]
+    return [prompt, length - prompt - singles, *(int(step < singles) for step in range(2))]
 
 
-def _tokens(layout: CacheLayout, inputs: Mapping[str, torch.Tensor]) -> int:
+def _length(layout: CacheLayout, inputs: Mapping[str, Tensor]) -> int:
     """How many tokens inputs without a cache have."""
     name = layout.tokens[0]
     axis = layout.axis_of(layout.inputs[name])
