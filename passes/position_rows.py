@@ -65,8 +65,13 @@ class PositionRows:
             if rest[0] != 1:
                 raise GraphError(f"%{value.name} differs along the batch's axis, and cannot be taken for each row")
             rest = rest[1:]
-        shape = (batch, *[1] * (rank - 1 - len(rest)), *rest)
-        return picked if shape == picked.type.shape else self._insert("aten.reshape.default", self=picked, shape=shape)
+        return self._shaped(picked, (batch, *[1] * (rank - 1 - len(rest)), *rest))
+
+    def _shaped(self, value: Value, shape: tuple[Size, ...]) -> Value:
+        node = value.producer
+        if value.type.shape != shape and node is not None and node.op == "aten.reshape.default":
+            value = node.args["self"]
+        return value if value.type.shape == shape else self._insert("aten.reshape.default", self=value, shape=shape)
 
     def _insert(self, op: str, /, **args: Any) -> Value:
         return self.tails.graph.insert(op, args, before=self.tails.place, origin=("insert_kv_cache",)).output
@@ -86,6 +91,11 @@ class PositionRows:
         return self._looked_up(whole, axis)
 
     def _looked_up(self, table: Value, axis: int) -> Value:
+        ones, rest = table.type.shape[:axis], table.type.shape[axis:]
+        if all(size == 1 for size in ones):
+            found = self._insert("aten.index.Tensor", self=self._shaped(table, rest), indices=(self.positions,))
+            batch, sequence, *inner = found.type.shape
+            return self._shaped(found, (batch, *ones, sequence, *inner))
         found = self._insert("aten.index.Tensor", self=table, indices=(*[None] * axis, self.positions))
         if axis == 0:
             return found

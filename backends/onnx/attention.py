@@ -22,7 +22,7 @@ from graphopt.ir import Node, Value
 class Attention:
     """A ``graphopt.attention`` node, read."""
 
-    MASKS = ("key_mask", "kv_lengths", "segments", "prefix")
+    MASKS = ("key_mask", "kv_lengths", "segments", "prefix", "starts")
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -41,7 +41,7 @@ class Attention:
     @property
     def causal_is_upper_left(self) -> bool:
         """Whether a kernel's own causal mask says all that ``causal`` does."""
-        return self.node.args["prefix"] is None and bool(
+        return self.node.args["prefix"] is None and self.node.args["starts"] is None and bool(
             self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys)
         )
 
@@ -114,15 +114,19 @@ class Attention:
         return e.once(("positions", name, count), lambda: e.op("Range", zero, e.scalar(count), one))
 
     def _query_positions(self, e: Emitter) -> ir.Value:
-        """``[S, 1]``: where each query stands among the keys."""
+        """``[S, 1]``, or ``[B, 1, S, 1]`` where rows differ: where each query stands among the keys."""
 
         def make() -> ir.Value:
             column = e.op("Unsqueeze", self._positions(e, self.queries, "query"), e.constant(np.array([1], np.int64)))
+            if starts is not None:
+                own = e.cast(e.value(starts), starts.type.dtype, torch.int64)
+                return e.op("Add", e.op("Unsqueeze", own, e.constant(np.array([1, 2, 3], np.int64))), column)
             if self.causal == "lower_right" and self.keys != self.queries:
                 return e.op("Add", column, e.scalar(self.keys - self.queries))
             return column
 
-        return e.once(("query positions", self.queries, self.keys, self.causal), make)
+        starts = self.node.args["starts"]
+        return e.once(("query positions", self.queries, self.keys, self.causal, starts and starts.name), make)
 
     def additive(self, e: Emitter, with_causal: bool) -> ir.Value | None:
         """Everything that masks, bias included, as numbers to add to the scores; None if nothing masks."""
@@ -209,6 +213,13 @@ def products(e: Emitter, node: Node) -> Lowered:
     if groups > 1:
         result = e.reshape(result, (a.batch, a.heads, a.queries, a.value_size))
     return a.from_heads_first(e, result)
+
+
+def update_cache(e: Emitter, node: Node) -> Lowered:
+    """TensorScatter (opset 24): linear, from each row's own place on."""
+    args = node.args
+    starts = e.cast(e.value(args["starts"]), args["starts"].type.dtype, torch.int64)
+    return e.op("TensorScatter", e.value(args["cache"]), e.value(args["new"]), starts, axis=2)
 
 
 def _sinks(e: Emitter, a: Attention) -> ir.Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.backends.onnx.attention import STANDARD_FORMS
+from graphopt.backends.onnx.attention import STANDARD_FORMS, update_cache
 from graphopt.backends.onnx.convolutions import CONVOLUTIONS
 from graphopt.backends.onnx.emitter import Dialect
 from graphopt.backends.onnx.lowerings import LOWERINGS
@@ -12,5 +12,5 @@ from graphopt.backends.onnx.routing import ROUTING
 OPSET = 23
 
 STANDARD = Dialect(
-    "standard", {"": OPSET}, LOWERINGS | MOVES | CONVOLUTIONS | ROUTING, {"graphopt.attention": STANDARD_FORMS}
+    "standard", {"": OPSET}, {**LOWERINGS, **MOVES, **CONVOLUTIONS, **ROUTING, "graphopt.kv_cache_update": update_cache}, {"graphopt.attention": STANDARD_FORMS}
 )

@@ -30,6 +30,10 @@ DTYPES: dict[torch.dtype, ir.DataType] = {
 }  # fmt: skip
 
 
+#: Ops that are newer than the opset that dialects are written in.
+_SINCE = {"TensorScatter": 24}
+
+
 @dataclass(frozen=True)
 class Reshaped:
     """A lowering's result whose elements are right and whose shape is not the value's."""
@@ -265,6 +269,7 @@ class Emitter:
         outputs = [self._output(name, value) for name, value in self.graph.outputs.items()]
         outputs += [self._output(name, self.graph.value(name)) for name in show if name not in self.graph.outputs]
         opsets = {d: v for d, v in self.dialect.opsets.items() if d == "" or any(n.domain == d for n in self._nodes)}
+        opsets[""] = max(opsets[""], *(_SINCE.get(node.op_type, 0) for node in self._nodes), 0)
         opsets |= {function.domain: 1 for function in self._functions.values()}
         graph = ir.Graph(
             inputs, outputs, nodes=self._nodes, initializers=self._initializers, opset_imports=opsets, name="graphopt"

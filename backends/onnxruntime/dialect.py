@@ -7,10 +7,10 @@ import torch
 from graphopt.backends.onnx.attention import STANDARD_FORMS, Attention
 from graphopt.backends.onnx.dialects import OPSET, STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered
+from graphopt.backends.onnxruntime.cached import CONTRIB, group_query
 from graphopt.backends.quirks import quirks_in_force
 from graphopt.ir import Node
 
-CONTRIB = "com.microsoft"
 
 
 def _multi_head(e: Emitter, node: Node, mask_as: str) -> Lowered:
@@ -76,6 +76,7 @@ def onnxruntime_dialect(version: str) -> Dialect:
         "aten.silu": _sigmoid_gate,
         "graphopt.quick_gelu": _sigmoid_gate,
         "graphopt.gated_activation": _gated,
+        "graphopt.cached_attention": group_query,
     }
     return Dialect(
         "onnxruntime", {"": OPSET, CONTRIB: 1}, lowerings, {"graphopt.attention": forms},

@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from graphopt.backend import missing
 from graphopt.errors import BackendError, MissingBackendError
+from graphopt.backends.onnxruntime.bound_cache import BoundCache
+from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
+from graphopt.runtime.kv_cache import KvCache
 from graphopt.schemas.manifest import Manifest
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -52,9 +57,30 @@ class OnnxRuntimeEngine(Engine):
 
     def __init__(self, folder: Path, manifest: Manifest, model: str, provider: str, threads: int | None) -> None:
         super().__init__(manifest)
+        self.provider = provider
         self.session = make_session(folder / model, provider, threads)
+
+    def must_be_apart(self, layout: CacheLayout, feeds: Mapping[str, Any]) -> bool:
+        """Whether the rows must run one by one: GroupQueryAttention on the CPU refuses several tokens on top of a past for
+        more than one row."""
+        if self.provider != "cpu" or "GroupQueryAttention" not in self.manifest.report.engine_ops:
+            return False
+        batch, width = feeds[layout.tokens[0]].shape[:2]
+        return bool(batch > 1 and width > 1 and feeds[PAST_LENGTHS].max() > 0)
 
     def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
         feeds = {name: to_numpy(tensor) for name, tensor in tensors.items()}
-        results = self.session.run(list(self.outputs), feeds)
-        return {name: to_torch(array) if as_torch else array for name, array in zip(self.outputs, results, strict=True)}
+        layout = self.layout
+        if layout is not None and self.must_be_apart(layout, feeds):
+            count = len(feeds[PAST_LENGTHS])
+            rows = [self._run({name: array[row : row + 1] for name, array in feeds.items()}) for row in range(count)]
+            results = {name: np.concatenate([each[name] for each in rows]) for name in self.outputs}
+        else:
+            results = self._run(feeds)
+        return {name: to_torch(array) for name, array in results.items()} if as_torch else results
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
+
+    def _new_cache(self, layout: CacheLayout, batch: int) -> KvCache:
+        return BoundCache(self, layout, batch)

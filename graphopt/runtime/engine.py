@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphopt.errors import InputError
+from graphopt.dims import Dim
+from graphopt.errors import EngineError, InputError
 from graphopt.execution import bind_dims
 from graphopt.ir import DTYPE_NAMES, DTYPES, DimRange, TensorType
+from graphopt.runtime.cache import CacheLayout
+from graphopt.runtime.kv_cache import KvCache
 from graphopt.schemas.manifest import Manifest, TensorSpec
 from graphopt.text import parse_type
 
@@ -28,9 +31,31 @@ class Engine(ABC):
         self.dims = {name: DimRange(*bounds) for name, bounds in manifest.dims.items()}
 
     def __call__(self, **tensors: Any) -> dict[str, Any]:
-        bind_dims(self.inputs, self.dims, {name: _signature(name, tensor) for name, tensor in tensors.items()})
+        bind_dims(self.inputs, self.dims, {name: signature(name, tensor) for name, tensor in tensors.items()})
         torch_in = any(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
         return self.run(tensors, torch_in)
+
+    @property
+    def layout(self) -> CacheLayout | None:
+        """How its cache is laid out, if it has one."""
+        return CacheLayout.of(self.inputs, self.outputs)
+
+    def new_cache(self, batch: int) -> KvCache:
+        """An empty cache for ``batch`` texts. EngineError if the engine has none, InputError if the batch is out of range."""
+        layout = self.layout
+        if layout is None:
+            raise EngineError("the engine has no cache", hint="compile with the pass insert_kv_cache")
+        for size in {type.shape[0] for name, type in self.inputs.items() if name in layout.names}:
+            if isinstance(size, Dim) and size.name is not None and batch not in self.dims[size.name]:
+                raise InputError(
+                    f"a batch of {batch} is outside {self.dims[size.name]}", hint="compile with a wider range in dims"
+                )
+            if isinstance(size, int) and size != batch:
+                raise InputError(f"the engine was built for a batch of {size}, not of {batch}")
+        return self._new_cache(layout, batch)
+
+    def _new_cache(self, layout: CacheLayout, batch: int) -> KvCache:
+        return KvCache(self, layout, batch)
 
     @abstractmethod
     def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
@@ -52,7 +77,8 @@ def spec_of(type: TensorType) -> TensorSpec:
     )
 
 
-def _signature(name: str, tensor: Any) -> tuple[str, tuple[int, ...]]:
+def signature(name: str, tensor: Any) -> tuple[str, tuple[int, ...]]:
+    """Dtype name and shape of an input. InputError if it is neither a tensor nor an array."""
     if isinstance(tensor, torch.Tensor):
         return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
     if isinstance(tensor, np.ndarray):

@@ -1,0 +1,109 @@
+"""A cache whose buffers onnxruntime reads and writes where they are, through IO bindings made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.execution import bind_dims
+from graphopt.ir import TensorType
+from graphopt.runtime.cache import CacheLayout
+from graphopt.runtime.engine import signature
+from graphopt.runtime.kv_cache import KvCache
+
+if TYPE_CHECKING:
+    from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine
+
+NUMPY = {torch.float32: "float32", torch.float16: "float16", torch.int64: "int64", torch.int32: "int32", torch.bool: "bool"}
+
+
+@dataclass
+class _Call:
+    """A binding of some rows of the cache, with the tensors that one step's feeds are copied into."""
+
+    binding: Any
+    feeds: dict[str, Tensor]
+    results: dict[str, Tensor]
+
+
+class BoundCache(KvCache):
+    """In a static layout past and present are one buffer, bound once; in a growing one a step's presents are bound as the
+    next one's pasts. No step copies the cache."""
+
+    engine: OnnxRuntimeEngine
+
+    def __init__(self, engine: OnnxRuntimeEngine, layout: CacheLayout, batch: int) -> None:
+        super().__init__(engine, layout, batch)
+        self.device = torch.device("cuda" if engine.provider == "cuda" else "cpu")
+        self.tensors = layout.empty(batch, self.device)
+        self._calls: dict[tuple[int, int, int], _Call] = {}
+
+    def step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.check(feeds)
+        if self.layout.max_length is None or not self.engine.must_be_apart(self.layout, feeds):
+            return self._run(feeds, 0, self.batch)
+        rows = [self._run({name: t[row : row + 1] for name, t in feeds.items()}, row, row + 1) for row in range(self.batch)]
+        return {name: torch.cat([each[name] for each in rows]) for name in self.layout.results}
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows.to(self.device))
+        self._calls.clear()
+
+    def _run(self, feeds: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+        call = self._call(feeds, first, last)
+        for name, tensor in feeds.items():
+            call.feeds[name].copy_(tensor)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self.engine.session.run_with_iobinding(call.binding)
+        call.binding.synchronize_outputs()
+        return call.results
+
+    def _call(self, feeds: Mapping[str, Tensor], first: int, last: int) -> _Call:
+        """The binding for such feeds. Only steps of single tokens come again and again; results of those are overwritten by
+        the next."""
+        width = feeds[self.layout.tokens[0]].shape[1]
+        key = first, last, width
+        if key not in self._calls or self.layout.max_length is None:
+            made = self._bind(feeds, first, last)
+            if width > 1 or self.layout.max_length is None:
+                return made
+            self._calls[key] = made
+        return self._calls[key]
+
+    def _bind(self, feeds: Mapping[str, Tensor], first: int, last: int) -> _Call:
+        layout = self.layout
+        call = _Call(self.engine.session.io_binding(), {name: t.to(self.device).clone() for name, t in feeds.items()}, {})
+        given = {**feeds, **{name: tensor[first:last] for name, tensor in self.tensors.items()}}
+        env = bind_dims(self.engine.inputs, self.engine.dims, {name: signature(name, t) for name, t in given.items()})
+        for name, tensor in call.feeds.items():
+            _bind_tensor(call.binding.bind_input, name, tensor)
+        for past, present in layout.names.items():
+            rows = self.tensors[past][first:last]
+            _bind_tensor(call.binding.bind_input, past, rows)
+            if layout.max_length is None:
+                rows = self.tensors[past] = self._empty(layout.outputs[present], env)
+            _bind_tensor(call.binding.bind_output, present, rows)
+        for name in layout.results:
+            call.results[name] = self._empty(layout.outputs[name], env)
+            _bind_tensor(call.binding.bind_output, name, call.results[name])
+        return call
+
+    def _empty(self, type: TensorType, env: Mapping[str, int]) -> Tensor:
+        return torch.empty(*type.concrete(env).shape, dtype=type.dtype, device=self.device)  # type: ignore[arg-type]  # numbers
+
+
+_NOTHING = torch.zeros(1)
+
+
+def _bind_tensor(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
+    """Bind a contiguous tensor where it lies."""
+    assert tensor.is_contiguous()
+    pointer = tensor.data_ptr() or _NOTHING.data_ptr()  # an empty tensor lies nowhere
+    device = tensor.device.index or 0
+    bind(name, tensor.device.type, device, getattr(np, NUMPY[tensor.dtype]), tuple(tensor.shape), pointer)

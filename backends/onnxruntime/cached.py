@@ -1,0 +1,107 @@
+"""``graphopt.cached_attention`` as com.microsoft.GroupQueryAttention: rotary inside, past and present one buffer."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from graphopt.backends.onnx.emitter import Emitter, Lowered, Reshaped, Unsupported
+from graphopt.dims import Size
+from graphopt.ir import Node, Value
+
+CONTRIB = "com.microsoft"
+
+
+def group_query(e: Emitter, node: Node) -> Lowered:
+    """The kernel's own mask is causal with a window; all else is a bias ``[B or 1, H or 1, S, total]``."""
+    args = node.args
+    sequence, head = (1, 2) if args["heads_last"] else (2, 1)
+    batch, queries, heads, size = (args["q"].type.shape[axis] for axis in (0, sequence, head, 3))
+    kv_heads = args["k"].type.shape[head]
+    if size % 8 or args["v"].type.shape[3] != size:
+        raise Unsupported("heads whose size is no multiple of 8, or is another one for values")
+
+    def flat(value: Value, count: int) -> ir.Value:
+        source = e.elements(value) if args["heads_last"] else e.op("Transpose", e.value(value), perm=[0, 2, 1, 3])
+        return e.reshape(source, (batch, queries, count * size))
+
+    total = _total(e, args["starts"], queries)
+    rotary = [e.value(args[name]) if args[name] is not None else None for name in ("cos", "sin")]
+    result, keys, values = e.op_several(
+        "GroupQueryAttention",
+        flat(args["q"], heads), flat(args["k"], kv_heads), flat(args["v"], kv_heads),
+        e.value(args["k_cache"]), e.value(args["v_cache"]),
+        _last_keys(e, args["starts"], queries), e.cast(total, torch.int64, torch.int32), *rotary,
+        None, _bias(e, node, queries, total), e.value(args["sinks"]) if args["sinks"] is not None else None,
+        outputs=3, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, scale=args["scale"],
+        softcap=args["softcap"] or None, local_window_size=args["window_left"] + 1 if args["window_left"] >= 0 else None,
+        do_rotary=int(args["cos"] is not None) or None, rotary_interleaved=int(args["interleaved"]) or None,
+    )  # fmt: skip
+    if args["heads_last"]:
+        return Reshaped(result), keys, values
+    shaped = e.reshape(result, (batch, queries, heads, size))
+    return e.op("Transpose", shaped, perm=[0, 2, 1, 3]), keys, values
+
+
+def _last_keys(e: Emitter, starts: Value, queries: Size) -> ir.Value:
+    """The position of each row's last new token, int32 ``[B]``."""
+
+    def make() -> ir.Value:
+        last = e.op("Add", e.value(starts), e.size(queries - 1))
+        return e.cast(last, torch.int64, torch.int32)
+
+    return e.once(("last keys", starts.name, queries), make)
+
+
+def _total(e: Emitter, starts: Value, queries: Size) -> ir.Value:
+    """How many positions the longest row has, int64 scalar."""
+
+    def make() -> ir.Value:
+        longest = e.op("ReduceMax", e.value(starts), keepdims=0)
+        return e.op("Add", longest, e.scalar(queries))
+
+    return e.once(("total", starts.name, queries), make)
+
+
+def _bias(e: Emitter, node: Node, queries: Size, total: ir.Value) -> ir.Value | None:
+    """The bias of the keys there are, and what chunks hide."""
+    args = node.args
+    dtype = args["q"].type.dtype
+    parts = []
+    if args["bias"] is not None:
+        bias = args["bias"]
+        parts.append(_of_keys(e, _hidden(e, e.value(bias), dtype) if bias.type.dtype == torch.bool else e.value(bias), total))
+    if args["chunk"]:
+        parts.append(_hidden(e, _same_chunk(e, args["starts"], queries, args["chunk"], total), dtype))
+    return functools.reduce(lambda a, b: e.op("Add", a, b), parts) if parts else None
+
+
+def _hidden(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
+    key = "hidden", visible.name
+    return e.once(key, lambda: e.op("Where", visible, e.constant(0.0, dtype), e.constant(torch.finfo(dtype).min, dtype)))
+
+
+def _of_keys(e: Emitter, bias: ir.Value, total: ir.Value) -> ir.Value:
+    """A bias over the whole buffer, cut to the keys there are."""
+
+    def make() -> ir.Value:
+        zero, axis = (e.constant(np.array([number], np.int64)) for number in (0, 3))
+        return e.op("Slice", bias, zero, e.op("Unsqueeze", total, zero), axis)
+
+    return e.once(("keys", bias.name), make)
+
+
+def _same_chunk(e: Emitter, starts: Value, queries: Size, chunk: int, total: ir.Value) -> ir.Value:
+    """``[B, 1, S, total]``: whether query and key are of one chunk."""
+
+    def make() -> ir.Value:
+        zero, one, length = (e.constant(np.array(number, np.int64)) for number in (0, 1, chunk))
+        own = e.op("Unsqueeze", e.value(starts), e.constant(np.array([1, 2, 3], np.int64)))
+        column = e.op("Unsqueeze", e.op("Range", zero, e.scalar(queries), one), e.constant(np.array([1], np.int64)))
+        query = e.op("Div", e.op("Add", own, column), length)
+        return e.op("Equal", query, e.op("Div", e.op("Range", zero, total, one), length))
+
+    return e.once(("chunk", starts.name, queries, chunk), make)

@@ -1,0 +1,58 @@
+"""The cache of one batch of texts, kept between an engine's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from graphopt.errors import InputError
+from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
+
+if TYPE_CHECKING:
+    from graphopt.runtime.engine import Engine
+
+
+class KvCache:
+    """What the rows of a batch have read so far. ``tensors`` by the names of the engine's inputs.
+
+    This one hands every step's outputs to the next one; a backend that can write in place has its own."""
+
+    def __init__(self, engine: Engine, layout: CacheLayout, batch: int) -> None:
+        self.engine, self.layout, self.batch = engine, layout, batch
+        self.tensors = layout.empty(batch)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache as it is."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One call of the engine with everything but the cache; its results but the cache.
+
+        InputError if the feeds do not fit the cache."""
+        self.check(feeds)
+        results = self.engine(**feeds, **self.tensors)
+        self.tensors = {past: results[present] for past, present in self.layout.names.items()}
+        return {name: results[name] for name in self.layout.results}
+
+    def check(self, feeds: Mapping[str, Tensor]) -> None:
+        for name in self.layout.tokens:
+            if feeds[name].shape[0] != self.batch:
+                raise InputError(f"{name} has {feeds[name].shape[0]} rows, the cache {self.batch}")
+        if self.layout.max_length is None:
+            return
+        name = self.layout.tokens[0]
+        new = feeds[name].shape[self.layout.axis_of(self.layout.inputs[name]) or 1]
+        longest = int(feeds[PAST_LENGTHS].max()) + new
+        if longest > self.layout.max_length or int(feeds[PAST_LENGTHS].min()) < 0:
+            raise InputError(
+                f"{new} tokens after {longest - new} do not fit into a cache of {self.layout.max_length} positions",
+                hint="compile with a longer max_length, or give a shorter text",
+            )
+
+    def select(self, rows: Tensor) -> None:
+        """Let the batch be these rows of itself: for beam search, or to leave texts that have ended."""
+        self.tensors = {name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}
+        self.batch = len(rows)
