@@ -310,7 +310,7 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     mask = engine.manifest.mask if layout is None else source.mask
     dims = {name: bounds for name, bounds in engine.dims.items() if name in source.traced}
     proof = _proof(
-        source, make_probes(source.sample(), dims, source.traced, mask, seed=1), engine.inputs, engine.outputs
+        source, make_probes(source.sample(), dims, source.traced, mask, seed=1), set(engine.inputs), set(engine.outputs)
     )
     cached = set() if layout is None else set(layout.names.values())
     missing = engine.outputs.keys() - proof.references[0].keys() - cached

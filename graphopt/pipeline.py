@@ -220,8 +220,9 @@ class Proof:
             results = [call(probe.inputs) for probe in self.probes]
             return judge(contract, self.probes, self.references, results)
         texts = self if self.compact is None else self.compact()
-        results = [as_if_uncached(call, layout, probe.inputs, probe.mask) for probe in texts.probes]
-        return judge(contract, texts.probes, texts.references, results)
+        found = [as_if_uncached(call, layout, probe.inputs, probe.mask) for probe in texts.probes]
+        seen = [replace(probe, mask=text.seen) for probe, text in zip(texts.probes, found, strict=True)]
+        return judge(contract, seen, texts.references, [text.outputs for text in found])
 
 
 @contextlib.contextmanager

@@ -35,7 +35,14 @@ class FuseCachedAttention(Rule):
     """attention(rotary(q), update(rotary(k)), update(v))  ->  cached_attention(q, k, v)"""
 
     def pattern(
-        self, op: Ops, q: TensorHole, k: TensorHole, v: TensorHole, past_k: TensorHole, past_v: TensorHole, starts: TensorHole
+        self,
+        op: Ops,
+        q: TensorHole,
+        k: TensorHole,
+        v: TensorHole,
+        past_k: TensorHole,
+        past_v: TensorHole,
+        starts: TensorHole,
     ) -> Any:
         keys = op.graphopt.kv_cache_update(past_k, k, starts)
         values = op.graphopt.kv_cache_update(past_v, v, starts)
@@ -43,7 +50,9 @@ class FuseCachedAttention(Rule):
 
     def rewrite(self, op: Build, m: Match) -> tuple[Value, ...]:
         args = m.node.args
-        require(args["starts"] is m.starts and args["causal"] == "upper_left", "its queries stand elsewhere than its keys")
+        require(
+            args["starts"] is m.starts and args["causal"] == "upper_left", "its queries stand elsewhere than its keys"
+        )
         require(not args["heads_last"], "its heads are last")
         masks = [name for name in _NONE if args[name] is not None]
         require(not masks, f"it has {' and '.join(masks)}")
@@ -104,7 +113,9 @@ def _counts_from(positions: Value, starts: Value) -> bool:
     if total is None or total.op != "aten.add.Tensor" or not isinstance(total.args["other"], Value):
         return False
     column, count = total.args["self"].producer, total.args["other"].producer
-    is_column = column is not None and column.op == "aten.unsqueeze.default" and column.args == {"self": starts, "dim": 1}
+    is_column = (
+        column is not None and column.op == "aten.unsqueeze.default" and column.args == {"self": starts, "dim": 1}
+    )
     is_count = count is not None and count.op.startswith("aten.arange.") and isinstance(count.args["end"], Dim | int)
     return bool(is_column and is_count and (count.args["start"], count.args["step"]) == (0, 1))  # type: ignore[union-attr]
 

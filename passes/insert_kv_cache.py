@@ -35,6 +35,7 @@ from graphopt.dims import Dim, Size, names_of
 from graphopt.errors import GraphError
 from graphopt.execution import run
 from graphopt.ir import DimRange, Graph, Node, TensorType, Value, map_arg
+from graphopt.passes.last_token import LastToken
 from graphopt.passes.position_rows import PositionRows, columns_of
 from graphopt.passes.tails import ELEMENTWISE, Tails
 from graphopt.pipeline import Context, Pass
@@ -52,6 +53,8 @@ class InsertKvCache(Pass):
     """``growing``: as long as the text, the names and shapes that optimum has. ``static``: buffers written in place."""
     max_length: PositiveInt | None = None
     """How many positions a static cache has."""
+    logits: Literal["all", "last"] = "all"
+    """Give logits for every new token, or for the last one of each row."""
     past: str = "past"
     """The name of the past's length in a growing cache."""
 
@@ -70,6 +73,9 @@ class InsertKvCache(Pass):
         log = RewriteLog()
         insertion = _Growing(graph, self.past) if self.max_length is None else _Static(graph, self.max_length)
         log.matches["attention"] = insertion.run()
+        if self.logits == "last":
+            LastToken(graph, insertion.sequence, counted=self.layout == "static").run()
+            insertion.order_inputs()
         graph.prune()
         return log
 
@@ -101,7 +107,8 @@ class _Insertion:
         for index, node in enumerate(nodes):
             self._keep(node, index)
         graph.prune()
-        self._order_inputs()
+        self._swap_masks()
+        self.order_inputs()
         return len(nodes)
 
     # What the layouts differ in
@@ -212,15 +219,12 @@ class _Insertion:
             joined[name] = self.graph.outputs[present_name(index, part)] = both
         self.graph.set_args(node, joined)
 
-    def _order_inputs(self) -> None:
-        """The cache last, a padding mask in its old place."""
+    def _swap_masks(self) -> None:
+        """A padding mask for all positions in the place of the one for new tokens."""
         graph = self.graph
         for mask in self.masks:
             place = list(graph.inputs).index(mask.name)
-            is_needed = bool(mask.users)
             whole = self._replacement(mask)
-            if whole is None and is_needed:
-                raise GraphError(f"%{mask.name} is used for the new tokens alone", hint="a cache needs it for all positions")
             graph.remove_input(mask)
             if whole is not None:
                 graph.rename_input(whole, mask.name)
@@ -228,6 +232,10 @@ class _Insertion:
                 names = [name for name in graph.inputs if name != mask.name]
                 names.insert(place, mask.name)
                 graph.inputs = {name: graph.inputs[name] for name in names}
+
+    def order_inputs(self) -> None:
+        """The cache last."""
+        graph = self.graph
         last = [name for name in graph.inputs if name.startswith("past_key_values.")]
         graph.inputs = {name: graph.inputs[name] for name in (*(n for n in graph.inputs if n not in last), *last)}
 
@@ -269,7 +277,9 @@ class _Growing(_Insertion):
         counted = insert("aten.cumsum.default", self=real, dim=1)
         own = insert("aten.slice.Tensor", self=counted, dim=1, start=self.tails.start, end=self.tails.total)
         before = insert("aten.sub.Tensor", self=own, other=1)
-        return PositionRows(self.tails, insert("aten.clamp.default", self=before, min=0), columns_of(self.graph, self.masks))
+        return PositionRows(
+            self.tails, insert("aten.clamp.default", self=before, min=0), columns_of(self.graph, self.masks)
+        )
 
     def _attend(self, node: Node) -> None:
         names = ("key_mask", "segments", "prefix")
@@ -332,7 +342,9 @@ class _Static(_Insertion):
         if node.args["segments"] is not None:
             chunk = self._chunk(node)
             if chunk is None:
-                raise GraphError("its segments are no chunks of one length", where=node.where, hint="take layout: growing")
+                raise GraphError(
+                    "its segments are no chunks of one length", where=node.where, hint="take layout: growing"
+                )
             self.chunks[node] = chunk
 
     def _chunk(self, node: Node) -> int | None:
@@ -367,5 +379,8 @@ class _Static(_Insertion):
 
     def _keep(self, node: Node, index: int) -> None:
         pasts = self._past(node, index, self.max_length)
-        keys, values = ({"cache": past, "new": node.args[name], "starts": self.starts} for past, name in zip(pasts, "kv", strict=True))
+        keys, values = (
+            {"cache": past, "new": node.args[name], "starts": self.starts}
+            for past, name in zip(pasts, "kv", strict=True)
+        )
         self._present(node, index, "graphopt.kv_cache_update.default", (keys, values))

@@ -84,7 +84,9 @@ class PositionRows:
         whole = self.tails.whole(value)
         if self._owns(value):
             first = whole if axis == 1 else self._insert("aten.transpose.int", self=whole, dim0=1, dim1=axis)
-            count = self._insert("aten.arange.start_step", start=0, end=self.batch, step=1, dtype=self.positions.type.dtype)
+            count = self._insert(
+                "aten.arange.start_step", start=0, end=self.batch, step=1, dtype=self.positions.type.dtype
+            )
             rows = self._insert("aten.unsqueeze.default", self=count, dim=1)
             found = self._insert("aten.index.Tensor", self=first, indices=(rows, self.positions))
             return found if axis == 1 else self._insert("aten.transpose.int", self=found, dim0=1, dim1=axis)
@@ -167,7 +169,8 @@ class PositionRows:
         target = rank if own else rank + 1
         inner = self._aligned(source, axis, rank, own)
         size: tuple[Size, ...] = tuple(
-            self.tails.new if place == axis else self.tails.at_total(given) for place, given in enumerate(value.type.shape)
+            self.tails.new if place == axis else self.tails.at_total(given)
+            for place, given in enumerate(value.type.shape)
         )
         if len(size) < target:
             size = (self.batch, *size)
@@ -183,7 +186,9 @@ class PositionRows:
         return self._fit(self._at(leaf, own), leaf, rank if owned else rank + 1)
 
     def _remade(self, node: Node, args: dict[str, Any]) -> Value:
-        return self.tails.graph.insert(node.op, args, before=self.tails.place, origin=(*node.origin, "insert_kv_cache")).output
+        return self.tails.graph.insert(
+            node.op, args, before=self.tails.place, origin=(*node.origin, "insert_kv_cache")
+        ).output
 
 
 def columns_of(graph: Graph, masks: list[Value]) -> set[Value]:

@@ -41,8 +41,10 @@ class Attention:
     @property
     def causal_is_upper_left(self) -> bool:
         """Whether a kernel's own causal mask says all that ``causal`` does."""
-        return self.node.args["prefix"] is None and self.node.args["starts"] is None and bool(
-            self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys)
+        return (
+            self.node.args["prefix"] is None
+            and self.node.args["starts"] is None
+            and bool(self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys))
         )
 
     def heads_last(self, e: Emitter, value: Value, heads: Any, size: Any) -> ir.Value:

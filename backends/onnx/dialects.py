@@ -12,5 +12,8 @@ from graphopt.backends.onnx.routing import ROUTING
 OPSET = 23
 
 STANDARD = Dialect(
-    "standard", {"": OPSET}, {**LOWERINGS, **MOVES, **CONVOLUTIONS, **ROUTING, "graphopt.kv_cache_update": update_cache}, {"graphopt.attention": STANDARD_FORMS}
+    "standard",
+    {"": OPSET},
+    {**LOWERINGS, **MOVES, **CONVOLUTIONS, **ROUTING, "graphopt.kv_cache_update": update_cache},
+    {"graphopt.attention": STANDARD_FORMS},
 )

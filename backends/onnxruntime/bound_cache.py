@@ -19,7 +19,13 @@ from graphopt.runtime.kv_cache import KvCache
 if TYPE_CHECKING:
     from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine
 
-NUMPY = {torch.float32: "float32", torch.float16: "float16", torch.int64: "int64", torch.int32: "int32", torch.bool: "bool"}
+NUMPY = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.bool: "bool",
+}
 
 
 @dataclass
@@ -47,7 +53,9 @@ class BoundCache(KvCache):
         self.check(feeds)
         if self.layout.max_length is None or not self.engine.must_be_apart(self.layout, feeds):
             return self._run(feeds, 0, self.batch)
-        rows = [self._run({name: t[row : row + 1] for name, t in feeds.items()}, row, row + 1) for row in range(self.batch)]
+        rows = [
+            self._run({name: t[row : row + 1] for name, t in feeds.items()}, row, row + 1) for row in range(self.batch)
+        ]
         return {name: torch.cat([each[name] for each in rows]) for name in self.layout.results}
 
     def select(self, rows: Tensor) -> None:
@@ -78,7 +86,9 @@ class BoundCache(KvCache):
 
     def _bind(self, feeds: Mapping[str, Tensor], first: int, last: int) -> _Call:
         layout = self.layout
-        call = _Call(self.engine.session.io_binding(), {name: t.to(self.device).clone() for name, t in feeds.items()}, {})
+        call = _Call(
+            self.engine.session.io_binding(), {name: t.to(self.device).clone() for name, t in feeds.items()}, {}
+        )
         given = {**feeds, **{name: tensor[first:last] for name, tensor in self.tensors.items()}}
         env = bind_dims(self.engine.inputs, self.engine.dims, {name: signature(name, t) for name, t in given.items()})
         for name, tensor in call.feeds.items():

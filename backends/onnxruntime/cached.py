@@ -73,7 +73,9 @@ def _bias(e: Emitter, node: Node, queries: Size, total: ir.Value) -> ir.Value | 
     parts = []
     if args["bias"] is not None:
         bias = args["bias"]
-        parts.append(_of_keys(e, _hidden(e, e.value(bias), dtype) if bias.type.dtype == torch.bool else e.value(bias), total))
+        parts.append(
+            _of_keys(e, _hidden(e, e.value(bias), dtype) if bias.type.dtype == torch.bool else e.value(bias), total)
+        )
     if args["chunk"]:
         parts.append(_hidden(e, _same_chunk(e, args["starts"], queries, args["chunk"], total), dtype))
     return functools.reduce(lambda a, b: e.op("Add", a, b), parts) if parts else None
@@ -81,7 +83,9 @@ def _bias(e: Emitter, node: Node, queries: Size, total: ir.Value) -> ir.Value | 
 
 def _hidden(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
     key = "hidden", visible.name
-    return e.once(key, lambda: e.op("Where", visible, e.constant(0.0, dtype), e.constant(torch.finfo(dtype).min, dtype)))
+    return e.once(
+        key, lambda: e.op("Where", visible, e.constant(0.0, dtype), e.constant(torch.finfo(dtype).min, dtype))
+    )
 
 
 def _of_keys(e: Emitter, bias: ir.Value, total: ir.Value) -> ir.Value:

@@ -12,7 +12,6 @@ from graphopt.backends.quirks import quirks_in_force
 from graphopt.ir import Node
 
 
-
 def _multi_head(e: Emitter, node: Node, mask_as: str) -> Lowered:
     """com.microsoft.MultiHeadAttention: one head count; key padding as int32 ``[B, T]`` or everything as a bias."""
     a = Attention(node)

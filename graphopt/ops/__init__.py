@@ -231,7 +231,7 @@ def _cached_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
     caches = args["k_cache"], args["v_cache"]
     for new, cache in zip(parts[1:], caches, strict=True):
         _update_shapes({"cache": cache, "new": new})
-    result = _attention_shape(*parts, "none", heads_last=False)
+    result = _attention_shape(parts[0], parts[1], parts[2], "none", heads_last=False)
     return (
         result.transpose(1, 2) if args["heads_last"] else result,
         *(cache.new_empty(cache.shape) for cache in caches),

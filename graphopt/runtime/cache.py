@@ -16,6 +16,10 @@ PAST_LENGTHS = "past_lengths"
 """The input of a static cache that says how many positions each row has filled, i64 ``[batch]``."""
 
 
+NEW_LENGTHS = "new_lengths"
+"""The input of a static cache with logits of last tokens only: how many new tokens each row has, i64 ``[batch]``."""
+
+
 def past_name(layer: int, part: str) -> str:
     return f"past_key_values.{layer}.{part}"
 
@@ -66,6 +70,10 @@ class CacheLayout:
     def results(self) -> list[str]:
         """The outputs that are no cache."""
         return [name for name in self.outputs if name not in self.names.values()]
+
+    def is_last(self, name: str) -> bool:
+        """Whether an output is of each row's last new token only."""
+        return name == "logits" and self.outputs[name].shape[1:2] == (1,)
 
     def axis_of(self, type: TensorType) -> int | None:
         """The axis of new tokens."""
@@ -122,32 +130,45 @@ class Step:
     results: Mapping[str, Tensor]
 
 
-def as_if_uncached(
-    call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Text:
+    """What steps give for whole texts: outputs along the sequence put together, and which positions they tell of."""
+
+    outputs: dict[str, Tensor]
+    seen: Tensor | None
+
+
+def as_if_uncached(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> Text:
     """What a graph or engine with a cache gives for whole texts, which it is run through in several steps.
 
-    ``inputs`` are those of the model without a cache, real tokens first in each row, ``mask`` ``[batch, sequence]`` says which
-    those are. Outputs along the sequence are put together, so that they compare with the model's."""
+    ``inputs`` are those of the model without a cache, real tokens first in each row; ``mask`` ``[batch, sequence]`` says which
+    those are. The outputs compare with the model's."""
     found: dict[str, Tensor] = {}
     length = _length(layout, inputs)
+    seen = None if mask is None else mask.clone()
     for step in steps_of(call, layout, inputs, mask):
+        starts, counts = step.starts, step.counts
+        if any(layout.is_last(name) for name in layout.results):
+            starts, counts = starts + counts - 1, (counts > 0).to(counts.dtype)
+            seen = torch.zeros(len(starts), length, dtype=torch.int64) if not found else seen
+            assert seen is not None
+            seen[counts > 0, starts[counts > 0]] = 1
         for name in layout.results:
-            axis, result = layout.axis_of(layout.outputs[name]), step.results[name]
+            axis, result = 1 if layout.is_last(name) else layout.axis_of(layout.outputs[name]), step.results[name]
             if axis is None:
                 found[name] = result
                 continue
             if name not in found:
                 found[name] = result.new_zeros((*result.shape[:axis], length, *result.shape[axis + 1 :]))
-            for row, (start, count) in enumerate(zip(step.starts.tolist(), step.counts.tolist(), strict=True)):
+            for row, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
                 found[name][row].narrow(axis - 1, start, count).copy_(result[row].narrow(axis - 1, 0, count))
     if layout.max_length is None and mask is not None:
         back = torch.argsort(_padding_first(mask), dim=1)
-        return {
-            name: tensor if (axis := layout.axis_of(layout.outputs[name])) is None else take(tensor, back, axis)
-            for name, tensor in found.items()
-        }
-    return found
+        for name in layout.results:
+            axis = 1 if layout.is_last(name) else layout.axis_of(layout.outputs[name])
+            found[name] = found[name] if axis is None else take(found[name], back, axis)
+        seen = None if seen is None else take(seen, back) * mask
+    return Text(found, seen)
 
 
 def last_step(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
@@ -175,6 +196,7 @@ def steps_of(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask
             continue
         feeds = {name: _part(layout, name, tensor, starts, width) for name, tensor in given.items()} | cache
         if layout.max_length is not None:
+            feeds |= {NEW_LENGTHS: counts.clamp(min=1)} if NEW_LENGTHS in layout.inputs else {}
             feeds[PAST_LENGTHS] = starts.clamp(max=layout.max_length - width)  # of a row that is through already
         results = call(feeds)
         yield Step(starts, counts, feeds, results)
