@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from graphopt.backend import missing
-from graphopt.errors import BackendError, MissingBackendError
 from graphopt.backends.onnxruntime.bound_cache import BoundCache
+from graphopt.errors import BackendError, MissingBackendError
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
 from graphopt.runtime.kv_cache import KvCache
