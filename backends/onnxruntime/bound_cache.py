@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,11 +30,15 @@ NUMPY = {
 
 @dataclass
 class _Call:
-    """A binding of some rows of the cache, with the tensors that one step's feeds are copied into."""
+    """A binding of some rows of the cache, with the tensors that one step's feeds are copied into.
+
+    ``pasts`` and ``presents`` are the same buffers in a static layout; a binding does not keep them alive."""
 
     binding: Any
     feeds: dict[str, Tensor]
-    results: dict[str, Tensor]
+    pasts: dict[str, Tensor]
+    presents: dict[str, Tensor] = field(default_factory=dict)
+    results: dict[str, Tensor] = field(default_factory=dict)
 
 
 class BoundCache(KvCache):
@@ -70,6 +74,8 @@ class BoundCache(KvCache):
             torch.cuda.current_stream().synchronize()
         self.engine.session.run_with_iobinding(call.binding)
         call.binding.synchronize_outputs()
+        if self.layout.max_length is None:
+            self.tensors = call.presents
         return call.results
 
     def _call(self, feeds: Mapping[str, Tensor], first: int, last: int) -> _Call:
@@ -86,19 +92,17 @@ class BoundCache(KvCache):
 
     def _bind(self, feeds: Mapping[str, Tensor], first: int, last: int) -> _Call:
         layout = self.layout
-        call = _Call(
-            self.engine.session.io_binding(), {name: t.to(self.device).clone() for name, t in feeds.items()}, {}
-        )
-        given = {**feeds, **{name: tensor[first:last] for name, tensor in self.tensors.items()}}
-        env = bind_dims(self.engine.inputs, self.engine.dims, {name: signature(name, t) for name, t in given.items()})
-        for name, tensor in call.feeds.items():
+        pasts = {name: tensor[first:last] for name, tensor in self.tensors.items()}
+        copies = {name: tensor.to(self.device).clone() for name, tensor in feeds.items()}
+        given = {name: signature(name, tensor) for name, tensor in {**feeds, **pasts}.items()}
+        env = bind_dims(self.engine.inputs, self.engine.dims, given)
+        call = _Call(self.engine.session.io_binding(), copies, pasts)
+        for name, tensor in {**copies, **pasts}.items():
             _bind_tensor(call.binding.bind_input, name, tensor)
         for past, present in layout.names.items():
-            rows = self.tensors[past][first:last]
-            _bind_tensor(call.binding.bind_input, past, rows)
-            if layout.max_length is None:
-                rows = self.tensors[past] = self._empty(layout.outputs[present], env)
-            _bind_tensor(call.binding.bind_output, present, rows)
+            grows = layout.max_length is None
+            call.presents[past] = self._empty(layout.outputs[present], env) if grows else pasts[past]
+            _bind_tensor(call.binding.bind_output, present, call.presents[past])
         for name in layout.results:
             call.results[name] = self._empty(layout.outputs[name], env)
             _bind_tensor(call.binding.bind_output, name, call.results[name])

@@ -1,0 +1,291 @@
+"""Text from an engine with a cache: prompts of any lengths together, token by token.
+
+generator = Generator.load("smollm2-engine")
+for piece in generator.stream("The capital of France is"):
+    print(piece.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from graphopt.errors import EngineError, InputError
+from graphopt.runtime.decoder import Decoder, longest_text
+from graphopt.runtime.detokenize import TextStream
+from graphopt.runtime.engine import Engine
+from graphopt.runtime.sampling import Sampler, Sampling
+
+Prompt = str | Sequence[int]
+Finish = Literal["end", "stop", "length", "cache"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One more token of a row. ``text``: what it makes certain of the row's text; ``finish``: why it is the last."""
+
+    row: int
+    token: int
+    text: str
+    finish: Finish | None = None
+
+
+@dataclass
+class Generation:
+    """What was generated for one prompt. ``finish``: ``end`` (an end token, not among ``tokens``), ``stop`` (a stop string, not
+    in ``text``), ``length`` (max_new_tokens), ``cache`` (the cache is full)."""
+
+    tokens: list[int]
+    text: str
+    finish: Finish
+    prompt_tokens: int
+
+
+@dataclass
+class Timing:
+    """Seconds of the last call: the prompts at once, then the tokens after the first."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill if self.prefill else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second after each row's first."""
+        return self.new_tokens / self.decode if self.decode else 0.0
+
+
+@dataclass
+class _Row:
+    tokens: list[int]
+    stream: TextStream | None
+    new: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+class Generator:
+    """Generates with an engine and a tokenizer. Without a tokenizer prompts are tokens, and there is no text.
+
+    ``end``: the tokens that end a text; by default those of the model's generation config, or the tokenizer's.
+    ``prefill_chunk``: prompts are read so many tokens at a time, which bounds the memory that a long one takes."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any = None,
+        *,
+        end: Sequence[int] | None = None,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        if engine.layout is None:
+            raise EngineError("the engine has no cache", hint="compile with the pass insert_kv_cache")
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise InputError(f"prefill_chunk is {prefill_chunk}, must be 1 or more")
+        self.prefill_chunk = prefill_chunk
+        self.vocabulary = Decoder(engine, 1).vocabulary
+        self.end = frozenset(_end_of(tokenizer) if end is None else end)
+        self.timing = Timing()
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, self.vocabulary)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, prefill_chunk: int | None = None, **options: Any) -> Generator:
+        """The generator of an engine directory, with the tokenizer that lies in it. ``options`` are the backend's."""
+        from graphopt import artifact
+
+        engine = artifact.load(folder, **options)
+        tokenizer = load_tokenizer(Path(folder))
+        return cls(engine, tokenizer, end=configured_end(Path(folder)), prefill_chunk=prefill_chunk)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> list[Generation]:
+        """A generation for each prompt. ``sampling``: the fields of :class:`Sampling`; none is greedy.
+
+        InputError for a prompt that is empty or longer than the cache, a batch that the engine was not built for, or a bad
+        option; the generator stays usable."""
+        rows, sampler = self._begin(prompts, max_new_tokens, stop, sampling)
+        lengths = [len(row.tokens) for row in rows]
+        for _ in self._run(rows, sampler, max_new_tokens):
+            pass
+        return [
+            Generation(row.new, row.stream.text if row.stream else "", row.finish or "length", length)
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """The same, token by token as they come."""
+        rows, sampler = self._begin(prompts, max_new_tokens, stop, sampling)
+        return self._run(rows, sampler, max_new_tokens)
+
+    def _begin(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int,
+        stop: str | Sequence[str],
+        sampling: dict[str, Any],
+    ) -> tuple[list[_Row], Sampler]:
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stops and self.tokenizer is None:
+            raise InputError("stop strings need a tokenizer", hint="give the Generator one, or end=[...] with tokens")
+        if "" in stops:
+            raise InputError("a stop string is empty")
+        try:
+            sampler = Sampler(Sampling(**sampling))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+                hint=f"options: {', '.join(Sampling.model_fields)}",
+            ) from error
+        texts = [self._tokens(prompt, index) for index, prompt in enumerate(_several(prompts))]
+        streams = [None if self.tokenizer is None else TextStream(self.tokenizer, stops) for _ in texts]
+        return [_Row(text, own) for text, own in zip(texts, streams, strict=True)], sampler
+
+    def _tokens(self, prompt: Prompt, index: int) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("a text needs a tokenizer", hint="give tokens, or the Generator a tokenizer")
+            tokens = [int(token) for token in self.tokenizer(prompt)["input_ids"]]
+        else:
+            tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise InputError(f"prompt {index} is empty")
+        odd = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
+        if odd is not None:
+            raise InputError(f"prompt {index} has the token {odd}, the model has tokens 0 to {self.vocabulary - 1}")
+        longest = longest_text(self.engine)
+        if longest is not None and len(tokens) > longest:
+            raise InputError(
+                f"prompt {index} has {len(tokens)} tokens, the cache holds {longest}",
+                hint="compile with a longer max_length, or give a shorter prompt",
+            )
+        return tokens
+
+    def _run(self, rows: list[_Row], sampler: Sampler, max_new_tokens: int) -> Iterator[Piece]:
+        decoder = Decoder(self.engine, len(rows))
+        self.timing = Timing(prompt_tokens=sum(len(row.tokens) for row in rows))
+        clock = time.perf_counter()
+        logits = self._prefill(decoder, rows)
+        self.timing.prefill = time.perf_counter() - clock
+        while True:
+            chosen = sampler.choose(logits, [row.tokens for row in rows])
+            for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+                if row.finish is None:
+                    yield self._take(index, row, token, max_new_tokens)
+            if all(row.finish for row in rows):
+                return
+            clock = time.perf_counter()
+            logits = decoder.feed([[] if row.finish else row.tokens[-1:] for row in rows])
+            self.timing.decode += time.perf_counter() - clock
+            self.timing.new_tokens += sum(row.finish is None for row in rows)
+
+    def _prefill(self, decoder: Decoder, rows: list[_Row]) -> Any:
+        """The logits after each prompt; rows end at different chunks."""
+        chunk = self.prefill_chunk or max(len(row.tokens) for row in rows)
+        found: Any = None
+        for start in range(0, max(len(row.tokens) for row in rows), chunk):
+            parts = [row.tokens[start : start + chunk] for row in rows]
+            logits = decoder.feed(parts)
+            if found is None:
+                found = logits.clone()
+            for index, part in enumerate(parts):
+                if part:
+                    found[index] = logits[index]
+        return found
+
+    def _take(self, index: int, row: _Row, token: int, max_new_tokens: int) -> Piece:
+        """Add a token to its row, and see whether it is the last."""
+        text = ""
+        if token in self.end:
+            row.finish = "end"
+        else:
+            row.tokens.append(token)
+            row.new.append(token)
+            text = row.stream.push(token) if row.stream else ""
+            longest = longest_text(self.engine)
+            if row.stream and row.stream.stopped:
+                row.finish = "stop"
+            elif len(row.new) >= max_new_tokens:
+                row.finish = "length"
+            elif longest is not None and len(row.tokens) > longest:
+                row.finish = "cache"
+        if row.finish and row.stream and not row.stream.stopped:
+            text += row.stream.finish()
+        return Piece(index, token, text, row.finish)
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    if not several:
+        raise InputError("there is no prompt")
+    return [several] if all(isinstance(prompt, int) for prompt in several) else several
+
+
+def _end_of(tokenizer: Any) -> list[int]:
+    end = getattr(tokenizer, "eos_token_id", None)
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def _check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
+    """A tokenizer may know fewer tokens than the model has rows for, never more."""
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: it belongs to another model",
+            hint="use the tokenizer that lies in the engine directory",
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of an engine directory. EngineError if there is none or it cannot be read."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise EngineError(
+            "there is no tokenizer", where=str(folder), hint="compile from a model directory that has one"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise EngineError(f"the tokenizer cannot be read: {first[0]}", where=str(folder)) from error
+
+
+def configured_end(folder: Path) -> list[int] | None:
+    """The end tokens that the model's generation config, or else its config, says; None if neither does."""
+    import json
+
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            end = json.loads((folder / name).read_text()).get("eos_token_id")
+            if end is not None:
+                return [end] if isinstance(end, int) else list(end)
+    return None
