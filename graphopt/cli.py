@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,6 +133,55 @@ def bench(
         print_json(timed)
     else:
         out.print(show.bench_table(timed))
+
+
+@app.command()
+def generate(
+    engine: EngineDir,
+    prompts: Annotated[list[str], typer.Argument(help="The prompt, or several; - reads one from standard input.")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Tokens at most for each prompt.")
+    ] = 128,
+    stop: Annotated[list[str] | None, typer.Option(help="End where this string would come; may be repeated.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message in the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0 from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens that hold this much probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens at least so likely, relative to the first.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divide the logits of tokens that were there.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Draw the same again.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text with an engine that has a cache; one prompt streams to the terminal."""
+    from graphopt.runtime.generation import Generator, chat_prompt
+
+    with show.progress(err, quiet=as_json) as progress:
+        progress("load", 0.0)
+        generator = Generator.load(engine, threads=threads)
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    given = [chat_prompt(generator.tokenizer, text) if chat else text for text in texts]
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "stop": stop or [], "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    if as_json:
+        made = generator.generate(given, **options)
+        print_json({"generations": [asdict(each) for each in made], "timing": asdict(generator.timing)})
+        return
+    if len(given) == 1:
+        for piece in generator.stream(given, **options):
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        finish = piece.finish
+    else:
+        made = generator.generate(given, **options)
+        for text, each in zip(texts, made, strict=True):
+            out.print(f"[bold]{show.escape(text)}[/]", highlight=False)
+            out.print(show.escape(each.text), highlight=False)
+        finish = made[0].finish if len({each.finish for each in made}) == 1 else None
+    err.print(show.timing_line(generator.timing, finish), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from graphopt.backend import known_backends
 from graphopt.errors import GraphError, MissingBackendError
 from graphopt.ir import Graph
 from graphopt.pipeline import Pass, load_passes, run_passes
+from graphopt.runtime.generation import Timing
 from graphopt.schemas.pipeline import HIGHER_IS_BETTER
 from graphopt.schemas.report import AttentionReport, BuildReport, StageParity
 from graphopt.text import parse
@@ -313,3 +314,18 @@ def doctor_table(facts: Mapping[str, Any]) -> RenderableType:
         for key, value in own.items():
             table.add_row(backend, key, escape(str(value)))
     return table
+
+
+FINISHES = {
+    "end": "the model ended the text", "stop": "a stop string came", "length": "max_new_tokens reached",
+    "cache": "the cache is full",
+}  # fmt: skip
+
+
+def timing_line(timing: Timing, finish: str | None) -> str:
+    """How fast a generation was, and why it ended."""
+    ended = f" · {FINISHES[finish]}" if finish else ""
+    return (
+        f"[dim]prompt {timing.prompt_tokens} tokens in {timing.prefill:.2f} s ({timing.prefill_rate:.0f} tokens/s) · "
+        f"then {timing.decode_rate:.1f} tokens/s{ended}[/]"
+    )

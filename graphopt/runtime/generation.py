@@ -264,6 +264,15 @@ def _check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
         )
 
 
+def chat_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of one message of a user, in the model's chat template. InputError if the model has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("the tokenizer has no chat template", hint="give the prompt as the model was trained on it")
+    message = [{"role": "user", "content": text}]
+    made = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return [int(token) for token in made]
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of an engine directory. EngineError if there is none or it cannot be read."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
