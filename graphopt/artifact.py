@@ -25,6 +25,7 @@ from graphopt.schemas.manifest import FORMAT, Manifest
 from graphopt.text import parse
 
 MANIFEST, GRAPH, REPORT = "manifest.json", "graph.gir", "report.html"
+PROLOGUE = "prologue"  # the directory of the engine that runs once before: an encoder
 
 
 @contextlib.contextmanager
@@ -77,8 +78,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Complete the manifest with the digests of the folder's files that it does not know yet; write it, and the report."""
     files = dict(manifest.files)
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name not in (MANIFEST, REPORT):
+        if path.is_file() and path.name not in files and path.name not in (MANIFEST, REPORT):
             files[path.name] = sha256(path)
+    if (folder / PROLOGUE).is_dir():  # its manifest has the digests of its files
+        files[f"{PROLOGUE}/{MANIFEST}"] = sha256(folder / PROLOGUE / MANIFEST)
     manifest = manifest.model_copy(update={"files": files})
     (folder / REPORT).write_text(render(manifest))
     manifest = manifest.model_copy(update={"files": files | {REPORT: sha256(folder / REPORT)}})
@@ -116,7 +119,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """EngineError for a file that is missing or is not what was written."""
     for name, digest in manifest.files.items():
         path = folder / name
-        if Path(name).name != name:
+        if Path(name).name != name and name != f"{PROLOGUE}/{MANIFEST}":
             raise EngineError(f"the manifest names {name!r}, which is outside the directory", where=str(folder))
         if not path.is_file():
             raise EngineError(
@@ -135,7 +138,15 @@ def load(folder: str | Path, *, check: bool = True, **options: Any) -> Engine:
     manifest = read_manifest(folder)
     if check:
         check_files(folder, manifest)
-    return backend_class(manifest.backend).load(folder, manifest, **options)
+    return loaded(folder, manifest, check=check, **options)
+
+
+def loaded(folder: Path, manifest: Manifest, *, check: bool = False, **options: Any) -> Engine:
+    """The engine of a manifest that was read, with its prologue."""
+    engine = backend_class(manifest.backend).load(folder, manifest, **options)
+    if (folder / PROLOGUE / MANIFEST).is_file():
+        engine.prologue = load(folder / PROLOGUE, check=check, **options)
+    return engine
 
 
 def read_graph(folder: str | Path) -> Graph:

@@ -158,16 +158,26 @@ def _compile(
             )  # fmt: skip
         with build.part("build"):
             built = build.backend.build(graph, folder, build.progress)
+            if graph.prologue is not None:
+                _build_prologue(build, graph.prologue, folder / artifact.PROLOGUE)
         (folder / artifact.GRAPH).write_text(graph.text(origins=True))
         models.copy_tokenizer(build.source, folder)
         manifest = _manifest(build, graph, built, reports, traced, traced_ops)
         with build.part("engine"):
-            engine = type(build.backend).load(folder, manifest)
+            engine = artifact.loaded(folder, manifest)
             checked = _check_engine(build, graph, engine, proof)
         report = manifest.report.model_copy(update={"engine": checked, "seconds": build.seconds})
         manifest = artifact.write_manifest(folder, manifest.model_copy(update={"report": report}))
         engine.manifest = manifest
     return Compiled(out, engine, manifest)
+
+
+def _build_prologue(build: _Build, graph: Graph, folder: Path) -> None:
+    """What runs once before, as an engine of its own inside the directory."""
+    folder.mkdir()
+    built = build.backend.build(graph, folder, build.progress)
+    (folder / artifact.GRAPH).write_text(graph.text(origins=True))
+    artifact.write_manifest(folder, _manifest(build, graph, built, [], None, {}))
 
 
 def _refuse_chance(graph: Graph) -> None:
@@ -267,7 +277,7 @@ def _manifest(
     graph: Graph,
     built: Built,
     reports: list[PassReport],
-    traced: StageParity,
+    traced: StageParity | None,
     traced_ops: dict[str, int],
 ) -> Manifest:
     packages = {name: version(name) for name in ("torch", "transformers")} | type(build.backend).versions()

@@ -118,3 +118,10 @@ def verify(graph: Graph) -> None:
     """GraphError with the first invariant that does not hold."""
     for check in CHECKS:
         check(graph)
+    if graph.prologue is not None:
+        for name, value in graph.prologue.outputs.items():
+            if name in graph.inputs and graph.inputs[name].type != value.type:
+                raise GraphError(
+                    f"the prologue gives {name} as {value.type}, the graph takes {graph.inputs[name].type}"
+                )
+        verify(graph.prologue)

@@ -186,13 +186,17 @@ _GAP = 1 << 20  # room between the positions of neighbours
 
 @dataclass(eq=False)
 class Graph:
-    """Inputs, nodes in order, named outputs; weights and dims by name. ``truths``: inputs that hold zeros and ones only."""
+    """Inputs, nodes in order, named outputs; weights and dims by name. ``truths``: inputs that hold zeros and ones only.
+
+    ``prologue``: a graph that runs once before this one runs many times: its outputs are inputs of this one, by name, or
+    results of the whole."""
 
     dims: dict[str, DimRange] = field(default_factory=dict)
     inputs: dict[str, Value] = field(default_factory=dict)
     outputs: dict[str, Value] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     truths: set[str] = field(default_factory=set)
+    prologue: Graph | None = None
 
     def __post_init__(self) -> None:
         self._values: dict[str, Value] = {}
@@ -391,6 +395,7 @@ class Graph:
             mapping[value] = other.add_input(name, value.type)
         copy_into(other, self, mapping)
         other.outputs = {name: mapping[value] for name, value in self.outputs.items()}
+        other.prologue = None if self.prologue is None else self.prologue.clone()
         return other
 
     # Views and checks

@@ -207,22 +207,37 @@ class Proof:
         return replace(self, probes=self.probes[:count], references=self.references[:count], compact=cut)
 
     def of_graph(self, graph: Graph, contract: Contract) -> StageParity:
-        return self.of_call(lambda inputs: run(graph, inputs), layout_of(graph), contract)
+        return self.of_call(_call(graph), layout_of(graph), contract, _before(graph))
 
     def of_engine(self, engine: Engine | Callable[..., Outputs], contract: Contract) -> StageParity:
         """An engine, or anything that is called like one."""
-        layout = CacheLayout.of(engine.inputs, engine.outputs) if isinstance(engine, Engine) else None
-        return self.of_call(lambda inputs: engine(**inputs), layout, contract)
+        layout, prologue = (engine.layout, engine.prologue) if isinstance(engine, Engine) else (None, None)
+        before = None if prologue is None else _named(prologue, prologue.inputs)
+        return self.of_call(_named(engine), layout, contract, before)
 
-    def of_call(self, call: Call, layout: CacheLayout | None, contract: Contract) -> StageParity:
-        """What has a cache runs each probe in several steps."""
+    def of_call(
+        self, call: Call, layout: CacheLayout | None, contract: Contract, before: Call | None = None
+    ) -> StageParity:
+        """What has a cache runs each probe in several steps, after what runs once ``before``."""
         if layout is None:
             results = [call(probe.inputs) for probe in self.probes]
             return judge(contract, self.probes, self.references, results)
         texts = self if self.compact is None else self.compact()
-        found = [as_if_uncached(call, layout, probe.inputs, probe.mask) for probe in texts.probes]
+        found = [as_if_uncached(call, layout, probe.inputs, probe.mask, before) for probe in texts.probes]
         seen = [replace(probe, mask=text.seen) for probe, text in zip(texts.probes, found, strict=True)]
         return judge(contract, seen, texts.references, [text.outputs for text in found])
+
+
+def _call(graph: Graph, names: Iterable[str] | None = None) -> Call:
+    return lambda inputs: run(graph, inputs if names is None else {name: inputs[name] for name in names})
+
+
+def _before(graph: Graph) -> Call | None:
+    return None if graph.prologue is None else _call(graph.prologue, graph.prologue.inputs)
+
+
+def _named(engine: Callable[..., Outputs], names: Iterable[str] | None = None) -> Call:
+    return lambda inputs: engine(**(inputs if names is None else {name: inputs[name] for name in names}))
 
 
 @contextlib.contextmanager
@@ -285,7 +300,10 @@ def _run_one(graph: Graph, step: Pass, context: Context) -> PassReport:
     context.notes.clear()
     start = time.perf_counter()
     with paused_collector():
+        before = graph.prologue
         log = step.run(graph, context)
+        if before is not None:
+            log.add(step.run(before, context))
         graph.verify()
     seconds = time.perf_counter() - start
     if not log.total and not step.allow_no_match:
@@ -336,7 +354,7 @@ def single_run(graph: Graph, probe: Probe) -> Probe:
     layout = layout_of(graph)
     if layout is None:
         return probe
-    return replace(probe, inputs=last_step(lambda inputs: run(graph, inputs), layout, probe.inputs, probe.mask))
+    return replace(probe, inputs=last_step(_call(graph), layout, probe.inputs, probe.mask, _before(graph)))
 
 
 def broken(stage: str, parity: StageParity, difference: Difference | None) -> ParityError:

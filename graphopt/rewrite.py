@@ -176,6 +176,12 @@ class RewriteLog:
     def total(self) -> int:
         return sum(self.matches.values())
 
+    def add(self, other: RewriteLog) -> None:
+        """Count what was done elsewhere too."""
+        for rule, count in other.matches.items():
+            self.matches[rule] = self.matches.get(rule, 0) + count
+        self.refusals.extend(other.refusals)
+
 
 def apply_rules(graph: Graph, rules: Sequence[Rule], label: str) -> RewriteLog:
     """Rewrite until no rule matches. ``label`` is what the new nodes' origin is extended with."""

@@ -10,7 +10,9 @@
       output y = %linear
     }
 
-Arguments that have their schema default are not written. A comment after a node is its origin, parts joined by ``|``.
+A prologue stands behind it, as
+``prologue graph { ... }``. Arguments that have their schema default are not written. A comment after a node is its origin,
+parts joined by ``|``.
 """
 
 from __future__ import annotations
@@ -62,9 +64,11 @@ def graph_text(graph: Graph, *, origins: bool = False) -> str:
         comment = f"  # {' | '.join(node.origin)}" if origins and node.origin else ""
         lines.append(node_text(node) + comment)
     lines += [f"output {name} = %{value.name}" for name, value in graph.outputs.items()]
-    return "graph {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
+    before = "" if graph.prologue is None else "prologue " + graph_text(graph.prologue, origins=origins)
+    return "graph {\n" + "".join(f"  {line}\n" for line in lines) + "}\n" + before
 
 
+_PROLOGUE = "\nprologue graph {"
 _NAME = r"[\w.\-]+"
 _DIM = re.compile(r"dim (\w+) in \[(\d+), (\d+|\.\.\.)\]$")
 _TRUTH = " in {0, 1}"
@@ -78,7 +82,10 @@ def parse(text: str, weights: Mapping[str, torch.Tensor] | None = None) -> Graph
     """The graph written in ``text``. Its weights' data come from ``weights``; without, reading them is an error.
 
     ParseError names the line that cannot be read."""
+    text, prologue, before = text.partition(_PROLOGUE)
     graph = Graph()
+    if prologue:
+        graph.prologue = parse("graph {" + before, weights)
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines or lines[0][1] != "graph {" or lines[-1][1] != "}":

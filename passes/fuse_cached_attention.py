@@ -54,6 +54,9 @@ class FuseCachedAttention(Rule):
             args["starts"] is m.starts and args["causal"] == "upper_left", "its queries stand elsewhere than its keys"
         )
         require(not args["heads_last"], "its heads are last")
+        size = m.q.type.shape[3]
+        require(isinstance(size, int) and size % 8 == 0, f"its heads are of {size}, which kernels read in eights")
+        require(m.v.type.shape[3] == size, "its values are of another size than its keys")
         masks = [name for name in _NONE if args[name] is not None]
         require(not masks, f"it has {' and '.join(masks)}")
         parts = {"q": m.q, "k": m.k, "v": m.v, "k_cache": m.past_k, "v_cache": m.past_v, "starts": m.starts}

@@ -37,12 +37,17 @@ from graphopt.execution import run
 from graphopt.ir import DimRange, Graph, Node, TensorType, Value, map_arg
 from graphopt.passes.last_token import LastToken
 from graphopt.passes.position_rows import PositionRows, columns_of
+from graphopt.passes.split_encoder import split_encoder
 from graphopt.passes.tails import ELEMENTWISE, Tails
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import RewriteLog
 from graphopt.runtime.cache import PAST_LENGTHS, past_name, present_name
 
 _ORIGIN = ("insert_kv_cache",)
+#: Ops whose result at a position depends on other positions.
+_ALONG = frozenset(
+    f"aten.{name}" for name in ("cumsum", "cumprod", "roll", "flip", "conv1d", "convolution", "sort", "max_pool1d")
+)
 
 
 class InsertKvCache(Pass):
@@ -92,8 +97,10 @@ class _Insertion:
         if not nodes:
             raise GraphError("there is no attention that could keep its keys", hint="run fuse_attention before")
         self.sequence = self._sequence(nodes)
-        self.masks = [graph.value(name) for name in graph.truths]
+        split_encoder(graph, self.sequence)
+        self.masks = [graph.value(name) for name in graph.truths if self.sequence in graph.value(name).type.names]
         self.data = self._data()
+        nodes = [node for node in attentions.fused(graph) if node.args["k"] in self.data or node.args["v"] in self.data]
         for node in nodes:
             self._check(node)
         self.new = Dim.named(self.sequence)
@@ -136,16 +143,16 @@ class _Insertion:
     # Reading the graph
 
     def _sequence(self, nodes: list[Node]) -> str:
-        """The name of the sequence's length: that of every attention's queries and keys."""
-        names = {size for node in nodes for size in (node.args["q"].type.shape[2], node.args["k"].type.shape[2])}
+        """The name of the tokens' length: that of every causal attention's queries and keys."""
         odd = next((node for node in nodes if node.args["heads_last"]), None)
         if odd is not None:
             raise GraphError("its heads are last", where=odd.where, hint="put insert_kv_cache before heads_last")
+        causal = [node for node in nodes if node.args["causal"] != "none"]
+        if not causal:
+            raise _not_causal(nodes[0])
+        names = {node.args[part].type.shape[2] for node in causal for part in ("q", "k")}
         if len(names) != 1 or not isinstance(size := names.pop(), Dim) or size.name is None:
-            raise GraphError(
-                "its attentions are of several lengths, or of one that is no plain name: "
-                "the caches of encoder-decoders are not made yet"
-            )
+            raise GraphError("its causal attentions are of several lengths, or of one that is no plain name")
         return size.name
 
     def _data(self) -> set[Value]:
@@ -162,11 +169,7 @@ class _Insertion:
         if not all(args[name] in self.data for name in ("q", "k", "v")):
             raise GraphError("its keys do not come from the tokens", where=node.where)
         if args["causal"] == "none":
-            raise GraphError(
-                "it is not proven to be causal: a token that comes later would change what earlier ones saw",
-                where=node.where,
-                hint="a cache is for causal models; see graphopt inspect --attention",
-            )
+            raise _not_causal(node)
         for name in ("bias", "key_mask", "segments", "prefix"):
             if args[name] in self.data:
                 raise GraphError(
@@ -177,14 +180,28 @@ class _Insertion:
 
     def _feed(self, node: Node) -> None:
         """Give a node of the tokens what belongs to the new ones."""
-        if node.op == attentions.FUSED:
+        if node.op == attentions.FUSED and node.args["k"] in self.data:
             self._attend(node)
             return
+        self._refuse_mixing(node)
         changed = {
             name: map_arg(arg, lambda leaf: self._of_new(leaf, node) if isinstance(leaf, Value) else leaf)
             for name, arg in node.args.items()
         }
         self.graph.set_args(node, changed)
+
+    def _refuse_mixing(self, node: Node) -> None:
+        """What goes along the sequence outside an attention would need a state of its own."""
+        if node.op.rpartition(".")[0] in _ALONG:
+            shape = next(operand for operand in node.operands if operand in self.data).type.shape
+            dims = node.args.get("dim", node.args.get("dims", len(shape) - 1))
+            dims = dims if isinstance(dims, tuple) else (dims,)
+            if any(isinstance(dim, int) and shape[dim] == self.new for dim in dims):
+                raise GraphError(
+                    f"{node.op} goes along the tokens: what it gives for new ones depends on those before",
+                    where=node.where,
+                    hint="a cache holds keys and values only",
+                )
 
     def _of_new(self, value: Value, node: Node) -> Value:
         if value in self.data or not self.tails.depends(value):
@@ -242,6 +259,14 @@ class _Insertion:
     def _replacement(self, mask: Value) -> Value | None:
         """The input that a padding mask has become."""
         return None
+
+
+def _not_causal(node: Node) -> GraphError:
+    return GraphError(
+        "it is not proven to be causal: a token that comes later would change what earlier ones saw",
+        where=node.where,
+        hint="a cache is for causal models; see graphopt inspect --attention",
+    )
 
 
 @dataclass

@@ -115,6 +115,6 @@ class LastToken:
         """The node before which what uses ``node`` can stand; None for the end."""
         following = iter(self.graph.nodes)
         if node is None:
-            return next(following)
+            return next(following, None)
         next(each for each in following if each is node)
         return next(following, None)

@@ -47,9 +47,9 @@ class BoundCache(KvCache):
 
     engine: OnnxRuntimeEngine
 
-    def __init__(self, engine: OnnxRuntimeEngine, layout: CacheLayout, batch: int) -> None:
-        super().__init__(engine, layout, batch)
+    def __init__(self, engine: OnnxRuntimeEngine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
         self.device = torch.device("cuda" if engine.provider == "cuda" else "cpu")
+        super().__init__(engine, layout, batch, {name: t.to(self.device).contiguous() for name, t in once.items()})
         self.tensors = layout.empty(batch, self.device)
         self._calls: dict[tuple[int, int, int], _Call] = {}
 
@@ -94,6 +94,7 @@ class BoundCache(KvCache):
         layout = self.layout
         pasts = {name: tensor[first:last] for name, tensor in self.tensors.items()}
         copies = {name: tensor.to(self.device).clone() for name, tensor in feeds.items()}
+        pasts |= {name: tensor[first:last] for name, tensor in self.once.items()}
         given = {name: signature(name, tensor) for name, tensor in {**feeds, **pasts}.items()}
         env = bind_dims(self.engine.inputs, self.engine.dims, given)
         call = _Call(self.engine.session.io_binding(), copies, pasts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from graphopt.backend import missing
 from graphopt.backends.onnxruntime.bound_cache import BoundCache
@@ -82,5 +83,5 @@ class OnnxRuntimeEngine(Engine):
     def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
 
-    def _new_cache(self, layout: CacheLayout, batch: int) -> KvCache:
-        return BoundCache(self, layout, batch)
+    def _new_cache(self, layout: CacheLayout, batch: int, once: Mapping[str, torch.Tensor]) -> KvCache:
+        return BoundCache(self, layout, batch, once)

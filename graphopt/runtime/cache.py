@@ -28,6 +28,17 @@ def present_name(layer: int, part: str) -> str:
     return f"present.{layer}.{part}"
 
 
+def cross_name(layer: int, part: str) -> str:
+    """Keys and values of an encoder, made once."""
+    return f"cross_key_values.{layer}.{part}"
+
+
+def once_name(value: str) -> str:
+    """Anything else that is made once."""
+    return f"encoder.{value}"
+
+
+_ONCE = ("cross_key_values.", "encoder.")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
 
 
@@ -56,10 +67,14 @@ class CacheLayout:
             types[name].shape[2] for types, name in zip((inputs, outputs), next(iter(names.items())), strict=True)
         )
         if isinstance(first, int):
-            token = next(type for name, type in inputs.items() if name not in names and name != PAST_LENGTHS)
-            return cls(inputs, outputs, names, _name(token.shape[1]), max_length=first)
+            return cls(inputs, outputs, names, _sequence(inputs, names), max_length=first)
         mask = next((name for name, type in inputs.items() if name not in names and present in type.shape), None)
         return cls(inputs, outputs, names, _name(present - first), _name(first), mask)
+
+    @property
+    def once(self) -> list[str]:
+        """The inputs that a prologue gives, the same in every step."""
+        return [name for name in self.inputs if name.startswith(_ONCE)]
 
     @property
     def tokens(self) -> list[str]:
@@ -90,6 +105,15 @@ class CacheLayout:
             shape = batch, heads, self.max_length or 0, size
             found[name] = torch.zeros(shape, dtype=self.inputs[name].dtype, device=device)
         return found
+
+
+def _sequence(inputs: Mapping[str, TensorType], names: Mapping[str, str]) -> str:
+    """The name of the tokens' length: of no size that an encoder's results or their padding have."""
+    others = {size for name, type in inputs.items() if name.startswith(_ONCE) for size in type.shape}
+    left = (type.shape for name, type in inputs.items() if name not in names and not name.startswith(_ONCE))
+    return next(
+        _name(shape[1]) for shape in left if len(shape) > 1 and isinstance(shape[1], Dim) and shape[1] not in others
+    )
 
 
 def _name(size: Size) -> str:
@@ -138,20 +162,22 @@ class Text:
     seen: Tensor | None
 
 
-def as_if_uncached(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> Text:
+def as_if_uncached(
+    call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None, before: Call | None = None
+) -> Text:
     """What a graph or engine with a cache gives for whole texts, which it is run through in several steps.
 
     ``inputs`` are those of the model without a cache, real tokens first in each row; ``mask`` ``[batch, sequence]`` says which
-    those are. The outputs compare with the model's."""
-    found: dict[str, Tensor] = {}
+    those are; ``before`` is the prologue. The outputs compare with the model's."""
+    inputs, mask, found = _after(before, layout, inputs, mask)
     length = _length(layout, inputs)
     seen = None if mask is None else mask.clone()
     for step in steps_of(call, layout, inputs, mask):
         starts, counts = step.starts, step.counts
         if any(layout.is_last(name) for name in layout.results):
             starts, counts = starts + counts - 1, (counts > 0).to(counts.dtype)
-            seen = torch.zeros(len(starts), length, dtype=torch.int64) if not found else seen
-            assert seen is not None
+            if seen is None or int(step.starts.max()) == 0:
+                seen = torch.zeros(len(starts), length, dtype=torch.int64)
             seen[counts > 0, starts[counts > 0]] = 1
         for name in layout.results:
             axis, result = 1 if layout.is_last(name) else layout.axis_of(layout.outputs[name]), step.results[name]
@@ -171,9 +197,23 @@ def as_if_uncached(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor]
     return Text(found, seen)
 
 
-def last_step(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
+def last_step(
+    call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None, before: Call | None = None
+) -> dict[str, Tensor]:
     """What the last of those steps is called with."""
+    inputs, mask, _ = _after(before, layout, inputs, mask)
     return [step.feeds for step in steps_of(call, layout, inputs, mask)][-1]
+
+
+def _after(
+    before: Call | None, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None
+) -> tuple[Mapping[str, Tensor], Tensor | None, dict[str, Tensor]]:
+    """The inputs with what the prologue gives, the tokens' own padding mask, and the prologue's results."""
+    if before is None:
+        return inputs, mask, {}
+    made = dict(before(inputs))
+    once = {name: made.pop(name) for name in layout.once}
+    return {**inputs, **once}, None, made
 
 
 def steps_of(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> Iterator[Step]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from graphopt.dims import Size
 from graphopt.errors import EngineError, InputError
 from graphopt.runtime.cache import NEW_LENGTHS, PAST_LENGTHS
 from graphopt.runtime.engine import Engine
@@ -19,18 +18,19 @@ class Decoder:
     """A batch of texts on an engine with a cache. ``lengths`` i64 ``[batch]``: how many tokens each has read.
 
     Rows may be of different lengths: a static cache holds each from its first position on; in a growing one they end at the
-    same column, and the padding mask says where each begins."""
+    same column, and the padding mask says where each begins. ``source``: what the encoder of an encoder-decoder reads, by
+    the names of its inputs (``input_ids`` and ``attention_mask``, or ``input_features``); it is run once, here."""
 
-    def __init__(self, engine: Engine, batch: int) -> None:
-        self.cache = engine.new_cache(batch)
+    def __init__(self, engine: Engine, batch: int, source: Mapping[str, Tensor] | None = None) -> None:
+        self.cache = engine.new_cache(batch, read_source(engine, batch, source or {}))
         self.layout = self.cache.layout
-        others = [name for name in self.layout.tokens if name != TOKENS]
-        if TOKENS not in self.layout.tokens or others or LOGITS not in self.layout.results:
+        if len(self.layout.tokens) != 1 or LOGITS not in self.layout.results:
             raise EngineError(
-                f"the engine has {', '.join([*self.layout.tokens, *self.layout.results])}: "
-                f"what decodes takes {TOKENS} and gives {LOGITS}"
+                f"the engine takes {', '.join(self.layout.tokens)} and gives {', '.join(self.layout.results)}: "
+                f"what decodes takes one tensor of tokens and gives {LOGITS}"
             )
-        self.vocabulary = _number(engine.outputs[LOGITS].shape[-1])
+        self.tokens = self.layout.tokens[0]
+        self.vocabulary = vocabulary_of(engine)
         self.longest = longest_text(engine)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self._mask = torch.zeros(batch, 0, dtype=torch.int64)
@@ -58,7 +58,7 @@ class Decoder:
             tokens[row, : len(own)] = torch.tensor(own, dtype=torch.int64)
         # What a row without new tokens writes is never read; it must only fall inside the buffer.
         starts = torch.where(counts > 0, self.lengths, self.lengths.clamp(max=self.layout.max_length - width))
-        feeds = {TOKENS: tokens, PAST_LENGTHS: starts}
+        feeds = {self.tokens: tokens, PAST_LENGTHS: starts}
         last = (counts - 1).clamp(min=0)
         if NEW_LENGTHS in self.layout.inputs:
             feeds[NEW_LENGTHS] = last + 1
@@ -75,7 +75,7 @@ class Decoder:
             tokens[row, width - len(own) :] = torch.tensor(own, dtype=torch.int64)
             new[row, width - len(own) :] = 1
         mask = torch.cat([self._mask, new], 1)
-        feeds = {TOKENS: tokens}
+        feeds = {self.tokens: tokens}
         if self.layout.mask is not None:
             feeds[self.layout.mask] = mask.to(self.layout.inputs[self.layout.mask].dtype)
         logits = self.cache.step(feeds)[LOGITS]
@@ -88,8 +88,27 @@ class Decoder:
         self.lengths, self._mask = self.lengths[rows], self._mask[rows]
 
 
-def _number(size: Size) -> int:
-    assert isinstance(size, int)
+def read_source(engine: Engine, batch: int, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the encoder makes of a source, and what the decoder reads of it itself. InputError if it does not fit."""
+    if engine.prologue is None:
+        if source:
+            raise InputError(f"the engine has no encoder that would read {', '.join(source)}")
+        return {}
+    wanted = set(engine.prologue.inputs)
+    if missing := wanted - source.keys():
+        raise InputError(f"the encoder needs {', '.join(sorted(missing))}")
+    rows = next(iter(source.values())).shape[0]
+    if rows != batch:
+        raise InputError(f"the source has {rows} rows, the batch {batch}")
+    made = engine.prologue(**{name: source[name] for name in engine.prologue.inputs})
+    return {name: tensor for name, tensor in {**source, **made}.items() if name in engine.inputs}
+
+
+def vocabulary_of(engine: Engine) -> int:
+    """How many tokens the engine's logits are of. EngineError if it has none."""
+    size = engine.outputs[LOGITS].shape[-1] if LOGITS in engine.outputs else None
+    if not isinstance(size, int):
+        raise EngineError(f"the engine gives {', '.join(engine.outputs)}, no {LOGITS} of a fixed vocabulary")
     return size
 
 

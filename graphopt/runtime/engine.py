@@ -24,6 +24,9 @@ class Engine(ABC):
 
     numpy arrays in give numpy arrays out, torch tensors give torch tensors. InputError says which input does not fit."""
 
+    #: What runs once before: an encoder. Its outputs are inputs of this engine, by name.
+    prologue: Engine | None = None
+
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.inputs = {name: _type(spec) for name, spec in manifest.inputs.items()}
@@ -40,8 +43,10 @@ class Engine(ABC):
         """How its cache is laid out, if it has one."""
         return CacheLayout.of(self.inputs, self.outputs)
 
-    def new_cache(self, batch: int) -> KvCache:
-        """An empty cache for ``batch`` texts. EngineError if the engine has none, InputError if the batch is out of range."""
+    def new_cache(self, batch: int, once: Mapping[str, torch.Tensor] | None = None) -> KvCache:
+        """An empty cache for ``batch`` texts; ``once`` are the inputs that stay the same in every step, an encoder's results.
+
+        EngineError if the engine has no cache, InputError if the batch is out of range."""
         layout = self.layout
         if layout is None:
             raise EngineError("the engine has no cache", hint="compile with the pass insert_kv_cache")
@@ -52,10 +57,10 @@ class Engine(ABC):
                 )
             if isinstance(size, int) and size != batch:
                 raise InputError(f"the engine was built for a batch of {size}, not of {batch}")
-        return self._new_cache(layout, batch)
+        return self._new_cache(layout, batch, once or {})
 
-    def _new_cache(self, layout: CacheLayout, batch: int) -> KvCache:
-        return KvCache(self, layout, batch)
+    def _new_cache(self, layout: CacheLayout, batch: int, once: Mapping[str, torch.Tensor]) -> KvCache:
+        return KvCache(self, layout, batch, once)
 
     @abstractmethod
     def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:

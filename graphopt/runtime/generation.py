@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from graphopt.errors import EngineError, InputError
-from graphopt.runtime.decoder import Decoder, longest_text
+from graphopt.runtime.decoder import Decoder, longest_text, vocabulary_of
 from graphopt.runtime.detokenize import TextStream
 from graphopt.runtime.engine import Engine
 from graphopt.runtime.sampling import Sampler, Sampling
@@ -94,7 +94,7 @@ class Generator:
         if prefill_chunk is not None and prefill_chunk < 1:
             raise InputError(f"prefill_chunk is {prefill_chunk}, must be 1 or more")
         self.prefill_chunk = prefill_chunk
-        self.vocabulary = Decoder(engine, 1).vocabulary
+        self.vocabulary = vocabulary_of(engine)
         self.end = frozenset(_end_of(tokenizer) if end is None else end)
         self.timing = Timing()
         if tokenizer is not None:

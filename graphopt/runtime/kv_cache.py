@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 class KvCache:
-    """What the rows of a batch have read so far. ``tensors`` by the names of the engine's inputs.
+    """What the rows of a batch have read so far. ``tensors`` by the names of the engine's inputs; ``once`` are what the
+    engine's prologue gave for the batch, the same in every step.
 
     This one hands every step's outputs to the next one; a backend that can write in place has its own."""
 
-    def __init__(self, engine: Engine, layout: CacheLayout, batch: int) -> None:
+    def __init__(self, engine: Engine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
         self.engine, self.layout, self.batch = engine, layout, batch
         self.tensors = layout.empty(batch)
+        self.once = dict(once)
 
     @property
     def nbytes(self) -> int:
@@ -33,7 +35,7 @@ class KvCache:
 
         InputError if the feeds do not fit the cache."""
         self.check(feeds)
-        results = self.engine(**feeds, **self.tensors)
+        results = self.engine(**feeds, **self.once, **self.tensors)
         self.tensors = {past: results[present] for past, present in self.layout.names.items()}
         return {name: results[name] for name in self.layout.results}
 
@@ -55,4 +57,5 @@ class KvCache:
     def select(self, rows: Tensor) -> None:
         """Let the batch be these rows of itself: for beam search, or to leave texts that have ended."""
         self.tensors = {name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}
+        self.once = {name: tensor[rows].contiguous() for name, tensor in self.once.items()}
         self.batch = len(rows)
