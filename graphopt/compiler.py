@@ -35,7 +35,7 @@ from graphopt.pipeline import (
     validation_message,
 )
 from graphopt.probes import make_probes
-from graphopt.runtime.cache import CacheLayout, compacted, take
+from graphopt.runtime.cache import compacted, take
 from graphopt.runtime.engine import Engine, spec_of
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig
@@ -316,7 +316,7 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
         if isinstance(model, str)
         else transformers_source(model)
     )
-    layout = CacheLayout.of(engine.inputs, engine.outputs)
+    layout = engine.layout
     mask = engine.manifest.mask if layout is None else source.mask
     dims = {name: bounds for name, bounds in engine.dims.items() if name in source.traced}
     proof = _proof(

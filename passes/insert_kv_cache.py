@@ -41,7 +41,7 @@ from graphopt.passes.split_encoder import split_encoder
 from graphopt.passes.tails import ELEMENTWISE, Tails
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import RewriteLog
-from graphopt.runtime.cache import PAST_LENGTHS, past_name, present_name
+from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, past_name, present_name, window_length
 
 _ORIGIN = ("insert_kv_cache",)
 #: Ops whose result at a position depends on other positions.
@@ -60,6 +60,8 @@ class InsertKvCache(Pass):
     """How many positions a static cache has."""
     logits: Literal["all", "last"] = "all"
     """Give logits for every new token, or for the last one of each row."""
+    window: bool = False
+    """Let layers with a proven sliding window keep only that much, in buffers that do not grow with the text; static only."""
     past: str = "past"
     """The name of the past's length in a growing cache."""
 
@@ -72,12 +74,20 @@ class InsertKvCache(Pass):
             raise ValueError("layout: static needs max_length, the number of positions of the cache")
         if self.layout == "growing" and self.max_length is not None:
             raise ValueError("max_length is for layout: static; a growing cache has no length of its own")
+        if self.layout == "growing" and self.window:
+            raise ValueError("window is for layout: static; a growing cache keeps everything")
         return self
 
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
-        insertion = _Growing(graph, self.past) if self.max_length is None else _Static(graph, self.max_length)
+        insertion = (
+            _Growing(graph, self.past)
+            if self.max_length is None
+            else _Static(graph, self.max_length, has_windows=self.window)
+        )
         log.matches["attention"] = insertion.run()
+        if self.window:
+            log.matches["window"] = insertion.count_windows()
         if self.logits == "last":
             LastToken(graph, insertion.sequence, counted=self.layout == "static").run()
             insertion.order_inputs()
@@ -101,6 +111,7 @@ class _Insertion:
         self.masks = [graph.value(name) for name in graph.truths if self.sequence in graph.value(name).type.names]
         self.data = self._data()
         nodes = [node for node in attentions.fused(graph) if node.args["k"] in self.data or node.args["v"] in self.data]
+        self.nodes = nodes
         for node in nodes:
             self._check(node)
         self.new = Dim.named(self.sequence)
@@ -131,6 +142,10 @@ class _Insertion:
     def _position_rows(self) -> PositionRows | None:
         """Takes values at each row's own positions; None where all rows have the same."""
         raise NotImplementedError
+
+    def count_windows(self) -> int:
+        """How many attentions keep only their window."""
+        return 0
 
     def _attend(self, node: Node) -> None:
         """Give an attention its masks and its bias for the new queries."""
@@ -325,6 +340,7 @@ class _Growing(_Insertion):
 @dataclass
 class _Static(_Insertion):
     max_length: int
+    has_windows: bool = False
     chunks: dict[Node, int] = field(default_factory=dict)
 
     def _begin(self) -> Size:
@@ -335,8 +351,25 @@ class _Static(_Insertion):
                 hint=f"set max_length to {bounds.max} at most, or give {self.sequence} a wider range in dims",
             )
         self.graph.dims[self.sequence] = DimRange(bounds.min, self.max_length)
-        self.starts = self.graph.add_input(PAST_LENGTHS, TensorType(torch.int64, (self._batch(),)))
+        lengths = TensorType(torch.int64, (self._batch(),))
+        self.starts = self.graph.add_input(PAST_LENGTHS, lengths)
+        self.window = self._window_of(self.nodes)
+        if self.window is not None:
+            evicted = self.graph.add_input(PAST_EVICTED, lengths)
+            args = {"self": self.starts, "other": evicted}
+            self.window_starts = self.graph.insert("aten.sub.Tensor", args, before=self.place, origin=_ORIGIN).output
         return self.max_length
+
+    def _window_of(self, nodes: list[Node]) -> int | None:
+        """How many positions the widest window has that is worth a shorter buffer."""
+        windows = [node.args["window_left"] + 1 for node in nodes if self._has_window(node)]
+        widest = max(windows, default=0)
+        return widest if widest and window_length(widest) < self.max_length else None
+
+    def _has_window(self, node: Node) -> bool:
+        """A window, and nothing that would need a key's place in the whole text."""
+        args = node.args
+        return bool(self.has_windows and args["window_left"] >= 0 and not args["chunk"] and args["bias"] is None)
 
     def _batch(self) -> Size:
         """The first size of the tokens."""
@@ -391,7 +424,7 @@ class _Static(_Insertion):
         return run(graph, {name: torch.ones(*type.shape, dtype=type.dtype) for name, type in types.items()})["value"]  # type: ignore[arg-type]  # numbers
 
     def _attend(self, node: Node) -> None:
-        changed: dict[str, object] = {"key_mask": None, "starts": self.starts, "causal": "upper_left"}
+        changed: dict[str, object] = {"key_mask": None, "starts": self._starts_of(node), "causal": "upper_left"}
         if node.args["segments"] is not None:
             changed |= {"segments": None, "chunk": self.chunks[node]}
         bias = node.args["bias"]
@@ -402,10 +435,18 @@ class _Static(_Insertion):
             changed["bias"] = self.rows.at(bias, row, 4) if queries else self.tails.whole(bias)
         self.graph.set_args(node, changed)
 
+    def count_windows(self) -> int:
+        return 0 if self.window is None else sum(map(self._has_window, self.nodes))
+
+    def _starts_of(self, node: Node) -> Value:
+        """Where new tokens begin in the buffers of an attention."""
+        return self.starts if self.window is None or not self._has_window(node) else self.window_starts
+
     def _keep(self, node: Node, index: int) -> None:
-        pasts = self._past(node, index, self.max_length)
+        length = self.max_length if self.window is None or not self._has_window(node) else window_length(self.window)
+        pasts = self._past(node, index, length)
         keys, values = (
-            {"cache": past, "new": node.args[name], "starts": self.starts}
+            {"cache": past, "new": node.args[name], "starts": self._starts_of(node)}
             for past, name in zip(pasts, "kv", strict=True)
         )
         self._present(node, index, "graphopt.kv_cache_update.default", (keys, values))

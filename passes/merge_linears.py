@@ -7,8 +7,9 @@
     %v = aten.linear.default(input=%x, weight=%v.weight)          %q, %k, %v = aten.split_with_sizes.default(
                                                                            self=%qkv, split_sizes=[576, 192, 192], dim=2)
 
-The pieces cost a copy. ``decide: timed`` measures both forms on the target and merges where that is faster; the report has
-the times. The merged weight is put together when it is read, so nothing is held twice.
+The pieces cost a copy, but for queries, keys and values that a cached attention reads as they are: those are always merged.
+``decide: timed`` measures both forms of others on the target and merges where that is faster; the report has the times. The
+merged weight is put together when it is read, so nothing is held twice.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class MergeLinears(Pass):
     def _reason_not_to(self, graph: Graph, group: list[Node], context: Context) -> str | None:
         if len({(node.args["bias"] is None) for node in group}) > 1:
             return "some have a bias and some have none"
-        if self.decide == "always":
+        if self.decide == "always" or _are_read_as_one(group):
             return None
         if context.stopwatch is None:
             return "the target's tactics are fixed, so nothing is timed: set decide: always to merge"
@@ -72,6 +73,19 @@ def _groups(graph: Graph) -> list[list[Node]]:
         ):
             found.setdefault(node.args["input"], []).append(node)
     return [group for group in found.values() if len(group) > 1 and _are_matrices(group)]
+
+
+def _are_read_as_one(group: list[Node]) -> bool:
+    """Whether they are the queries, keys and values of one cached attention, whose kernels read them packed: nothing splits."""
+    readers = [[user for view in node.output.users for user in view.output.users] for node in group]
+    attention = readers[0][0] if readers[0] else None
+    if attention is None or attention.op != "graphopt.cached_attention.default" or not attention.args["heads_last"]:
+        return False
+    return readers == [[attention]] * 3 and all(
+        attention.args[part].producer is view and view.op == "aten.reshape.default"
+        for part, node in zip("qkv", group, strict=True)
+        for view in node.output.users
+    )
 
 
 def _are_matrices(group: list[Node]) -> bool:

@@ -77,6 +77,17 @@ class Dialect:
     quirks: Sequence[Quirk] = ()
 
 
+def _needed(nodes: list[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
+    """The nodes that outputs depend on: a lowering may have read past another's result."""
+    wanted = set(outputs)
+    kept = []
+    for node in reversed(nodes):
+        if any(value in wanted for value in node.outputs):
+            kept.append(node)
+            wanted.update(value for value in node.inputs if value is not None)
+    return kept[::-1]
+
+
 def packet(node: Node) -> str:
     return node.op.rpartition(".")[0]
 
@@ -268,6 +279,7 @@ class Emitter:
             self._lower(node)
         outputs = [self._output(name, value) for name, value in self.graph.outputs.items()]
         outputs += [self._output(name, self.graph.value(name)) for name in show if name not in self.graph.outputs]
+        self._nodes = _needed(self._nodes, outputs)
         opsets = {d: v for d, v in self.dialect.opsets.items() if d == "" or any(n.domain == d for n in self._nodes)}
         opsets[""] = max(opsets[""], *(_SINCE.get(node.op_type, 0) for node in self._nodes), 0)
         opsets |= {function.domain: 1 for function in self._functions.values()}

@@ -55,6 +55,7 @@ class BoundCache(KvCache):
 
     def step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.check(feeds)
+        feeds = self.with_room(feeds)
         if self.layout.max_length is None or not self.engine.must_be_apart(self.layout, feeds):
             return self._run(feeds, 0, self.batch)
         rows = [

@@ -16,7 +16,8 @@ CONTRIB = "com.microsoft"
 
 
 def group_query(e: Emitter, node: Node) -> Lowered:
-    """The kernel's own mask is causal with a window; all else is a bias ``[B or 1, H or 1, S, total]``."""
+    """Queries, keys and values packed where they are pieces of one product. The kernel's own mask is causal with a window;
+    all else is a bias ``[B or 1, H or 1, S, total]``."""
     args = node.args
     sequence, head = (1, 2) if args["heads_last"] else (2, 1)
     batch, queries, heads, size = (args["q"].type.shape[axis] for axis in (0, sequence, head, 3))
@@ -28,12 +29,17 @@ def group_query(e: Emitter, node: Node) -> Lowered:
         source = e.elements(value) if args["heads_last"] else e.op("Transpose", e.value(value), perm=[0, 2, 1, 3])
         return e.reshape(source, (batch, queries, count * size))
 
+    packed = _packed(e, node) if args["heads_last"] else None
+    parts: list[ir.Value | None]
+    if packed is None:
+        parts = [flat(args["q"], heads), flat(args["k"], kv_heads), flat(args["v"], kv_heads)]
+    else:
+        parts = [e.reshape(packed, (batch, queries, (heads + 2 * kv_heads) * size)), None, None]
     total = _total(e, args["starts"], queries)
     rotary = [e.value(args[name]) if args[name] is not None else None for name in ("cos", "sin")]
     result, keys, values = e.op_several(
         "GroupQueryAttention",
-        flat(args["q"], heads), flat(args["k"], kv_heads), flat(args["v"], kv_heads),
-        e.value(args["k_cache"]), e.value(args["v_cache"]),
+        *parts, e.value(args["k_cache"]), e.value(args["v_cache"]),
         _last_keys(e, args["starts"], queries), e.cast(total, torch.int64, torch.int32), *rotary,
         None, _bias(e, node, queries, total), e.value(args["sinks"]) if args["sinks"] is not None else None,
         outputs=3, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, scale=args["scale"],
@@ -44,6 +50,18 @@ def group_query(e: Emitter, node: Node) -> Lowered:
         return Reshaped(result), keys, values
     shaped = e.reshape(result, (batch, queries, heads, size))
     return e.op("Transpose", shaped, perm=[0, 2, 1, 3]), keys, values
+
+
+def _packed(e: Emitter, node: Node) -> ir.Value | None:
+    """What queries, keys and values were split from, if they are all of it in this order."""
+    views = [node.args[part].producer for part in ("q", "k", "v")]
+    if any(view is None or view.op != "aten.reshape.default" for view in views):
+        return None
+    pieces = [view.args["self"] for view in views]
+    split = pieces[0].producer
+    if split is None or split.op != "aten.split_with_sizes.default" or list(split.outputs) != pieces:
+        return None
+    return e.elements(split.args["self"])
 
 
 def _last_keys(e: Emitter, starts: Value, queries: Size) -> ir.Value:

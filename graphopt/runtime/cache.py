@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from graphopt.dims import Dim, Size
-from graphopt.ir import Graph, TensorType
+from graphopt.ir import DimRange, Graph, TensorType
 
 PAST_LENGTHS = "past_lengths"
 """The input of a static cache that says how many positions each row has filled, i64 ``[batch]``."""
 
+
+PAST_EVICTED = "past_evicted"
+"""The input of a static cache with windows: how many of the first positions buffers of windows have dropped, i64 ``[batch]``."""
 
 NEW_LENGTHS = "new_lengths"
 """The input of a static cache with logits of last tokens only: how many new tokens each row has, i64 ``[batch]``."""
@@ -47,7 +50,8 @@ class CacheLayout:
     """The cache of a graph or engine by its inputs and outputs.
 
     ``sequence`` names the number of new tokens; ``past`` the number of past ones in a growing cache, which has the padding
-    mask of all positions, if any, as ``mask``; ``max_length`` is the number of positions of a static one."""
+    mask of all positions, if any, as ``mask``; ``max_length`` is the number of positions of a static one, ``window`` the
+    number of positions that its shorter buffers keep and may be given at once."""
 
     inputs: Mapping[str, TensorType]
     outputs: Mapping[str, TensorType]
@@ -56,9 +60,12 @@ class CacheLayout:
     past: str | None = None
     mask: str | None = None
     max_length: int | None = None
+    window: int | None = None
 
     @classmethod
-    def of(cls, inputs: Mapping[str, TensorType], outputs: Mapping[str, TensorType]) -> CacheLayout | None:
+    def of(
+        cls, inputs: Mapping[str, TensorType], outputs: Mapping[str, TensorType], dims: Mapping[str, DimRange]
+    ) -> CacheLayout | None:
         """None where there is no cache."""
         names = {name: name.replace("past_key_values", "present", 1) for name in inputs if _PAST.match(name)}
         if not names or not all(present in outputs for present in names.values()):
@@ -67,7 +74,10 @@ class CacheLayout:
             types[name].shape[2] for types, name in zip((inputs, outputs), next(iter(names.items())), strict=True)
         )
         if isinstance(first, int):
-            return cls(inputs, outputs, names, _sequence(inputs, names), max_length=first)
+            sequence = _sequence(inputs, names)
+            shortest = min(_number(inputs[name].shape[2]) for name in names)
+            window = (shortest + 1) // 2 if PAST_EVICTED in inputs else None
+            return cls(inputs, outputs, names, sequence, max_length=dims[sequence].max, window=window)
         mask = next((name for name, type in inputs.items() if name not in names and present in type.shape), None)
         return cls(inputs, outputs, names, _name(present - first), _name(first), mask)
 
@@ -99,10 +109,8 @@ class CacheLayout:
         """A cache of no tokens: nothing in it, or buffers of zeros."""
         found = {}
         for name in self.names:
-            _, heads, _, size = self.inputs[name].shape
-            assert isinstance(heads, int)
-            assert isinstance(size, int)
-            shape = batch, heads, self.max_length or 0, size
+            _, heads, length, size = self.inputs[name].shape
+            shape = batch, _number(heads), length if isinstance(length, int) else 0, _number(size)
             found[name] = torch.zeros(shape, dtype=self.inputs[name].dtype, device=device)
         return found
 
@@ -116,16 +124,53 @@ def _sequence(inputs: Mapping[str, TensorType], names: Mapping[str, str]) -> str
     )
 
 
+def _number(size: Size) -> int:
+    assert isinstance(size, int)
+    return size
+
+
 def _name(size: Size) -> str:
     assert isinstance(size, Dim)
     assert size.name is not None
     return size.name
 
 
+def window_length(window: int) -> int:
+    """Positions of a buffer that keeps ``window`` positions: those before a token, and as many new ones at once."""
+    return 2 * window - 1
+
+
+def make_room(
+    layout: CacheLayout, tensors: Mapping[str, Tensor], feeds: Mapping[str, Tensor], evicted: Tensor
+) -> Tensor:
+    """Move what buffers of windows still need to their front, in place, if the new tokens do not fit behind it; how many
+    positions each row has dropped by now."""
+    if layout.window is None:
+        return evicted
+    length, width = window_length(layout.window), _new_tokens(layout, feeds)
+    used = feeds[PAST_LENGTHS] - evicted
+    if int(used.max()) + width <= length:
+        return evicted
+    dropped = (used - (layout.window - 1)).clamp(min=0)
+    index = (torch.arange(length) + dropped[:, None]).clamp(max=length - 1)
+    for tensor in tensors.values():
+        if tensor.shape[2] == length:
+            tensor.copy_(take(tensor, index.to(tensor.device), 2))
+    return evicted + dropped
+
+
+def _new_tokens(layout: CacheLayout, feeds: Mapping[str, Tensor]) -> int:
+    name = layout.tokens[0]
+    axis = layout.axis_of(layout.inputs[name])
+    assert axis is not None
+    return feeds[name].shape[axis]
+
+
 def layout_of(graph: Graph) -> CacheLayout | None:
     """The cache of a graph, if it has one."""
     types = ({name: value.type for name, value in values.items()} for values in (graph.inputs, graph.outputs))
-    return CacheLayout.of(*types)
+    inputs, outputs = types
+    return CacheLayout.of(inputs, outputs, graph.dims)
 
 
 # A text without a cache, run in steps
@@ -170,7 +215,7 @@ def as_if_uncached(
     ``inputs`` are those of the model without a cache, real tokens first in each row; ``mask`` ``[batch, sequence]`` says which
     those are; ``before`` is the prologue. The outputs compare with the model's."""
     inputs, mask, found = _after(before, layout, inputs, mask)
-    length = _length(layout, inputs)
+    length = _new_tokens(layout, inputs)
     seen = None if mask is None else mask.clone()
     for step in steps_of(call, layout, inputs, mask):
         starts, counts = step.starts, step.counts
@@ -219,7 +264,7 @@ def _after(
 def steps_of(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> Iterator[Step]:
     """A prompt, several tokens on top of it, single tokens: each row its own numbers of them in a static cache, all alike
     and with padding in front in a growing one."""
-    length = _length(layout, inputs)
+    length = _new_tokens(layout, inputs)
     given = {name: tensor for name, tensor in inputs.items() if name in layout.inputs}
     batch = next(iter(given.values())).shape[0]
     cache = layout.empty(batch)
@@ -229,8 +274,9 @@ def steps_of(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask
         if mask is not None:
             order = _padding_first(mask)
             given = {name: _turned(layout, name, tensor, order) for name, tensor in given.items()}
-    starts = torch.zeros(batch, dtype=torch.int64)
-    for counts in torch.tensor([step_lengths(int(length)) for length in lengths]).T:
+    starts, evicted = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+    steps = torch.tensor([step_lengths(int(length)) for length in lengths]).T
+    for counts in _narrowed(steps, layout.window):
         width = int(counts.max())
         if not width:
             continue
@@ -238,10 +284,24 @@ def steps_of(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask
         if layout.max_length is not None:
             feeds |= {NEW_LENGTHS: counts.clamp(min=1)} if NEW_LENGTHS in layout.inputs else {}
             feeds[PAST_LENGTHS] = starts.clamp(max=layout.max_length - width)  # of a row that is through already
+        if layout.window is not None:
+            cache = {name: tensor.clone() for name, tensor in cache.items()}  # they may be a result's own memory
+            evicted = make_room(layout, cache, feeds, evicted)
+            feeds |= cache | {PAST_EVICTED: evicted}
         results = call(feeds)
         yield Step(starts, counts, feeds, results)
         cache = {past: results[present] for past, present in layout.names.items()}
         starts = starts + counts
+
+
+def _narrowed(steps: Tensor, widest: int | None) -> Iterator[Tensor]:
+    """The counts of each step, those of more than ``widest`` tokens in several."""
+    for counts in steps:
+        while widest is not None and int(counts.max()) > widest:
+            part = counts.clamp(max=widest)
+            yield part
+            counts = counts - part
+        yield counts
 
 
 def _padding_first(mask: Tensor) -> Tensor:
@@ -269,11 +329,3 @@ def step_lengths(length: int) -> list[int]:
     prompt = (length + 1) // 2
     singles = min(2, length - prompt)
     return [prompt, length - prompt - singles, *(int(step < singles) for step in range(2))]
-
-
-def _length(layout: CacheLayout, inputs: Mapping[str, Tensor]) -> int:
-    """How many tokens inputs without a cache have."""
-    name = layout.tokens[0]
-    axis = layout.axis_of(layout.inputs[name])
-    assert axis is not None
-    return inputs[name].shape[axis]

@@ -11,7 +11,7 @@ from graphopt.errors import EngineError, InputError
 from graphopt.runtime.cache import NEW_LENGTHS, PAST_LENGTHS
 from graphopt.runtime.engine import Engine
 
-TOKENS, LOGITS = "input_ids", "logits"
+LOGITS = "logits"
 
 
 class Decoder:
@@ -35,21 +35,55 @@ class Decoder:
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self._mask = torch.zeros(batch, 0, dtype=torch.int64)
 
-    def feed(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Let each row read its tokens; the logits after the last of them, ``[batch, vocabulary]``.
+    def feed(self, rows: Sequence[Sequence[int]], chunk: int | None = None) -> Tensor:
+        """Let each row read its tokens; the logits after the last of them, ``[batch, vocabulary]``. ``chunk``: so many at a
+        time, which bounds the memory that a long prompt takes.
 
         A row without tokens stays as it is, and its logits mean nothing. InputError if the cache cannot take them."""
         counts = torch.tensor([len(row) for row in rows])
         width = int(counts.max())
+        if not width:
+            raise InputError("no row has a token")
+        odd = next((token for row in rows for token in row if not 0 <= token < self.vocabulary), None)
+        if odd is not None:
+            raise InputError(f"there is a token {odd}, the model has tokens 0 to {self.vocabulary - 1}")
         if self.longest is not None and int((self.lengths + counts).max()) > self.longest:
             row = int((self.lengths + counts).argmax())
             raise InputError(
                 f"row {row} would have {int(self.lengths[row] + counts[row])} tokens, the cache holds {self.longest}",
                 hint="compile with a longer max_length, or give a shorter text",
             )
+        widest = min(self._widest(counts, width), chunk or width)
+        if width > widest:
+            return self._in_parts(rows, widest)
         logits = self._static(rows, counts, width) if self.layout.max_length else self._growing(rows, counts, width)
         self.lengths = self.lengths + counts
         return logits
+
+    def _widest(self, counts: Tensor, width: int) -> int:
+        """How many columns one step may have: padding behind a row's tokens must fall into the buffer and on no other token."""
+        if self.layout.max_length is None:
+            return width
+        room = (
+            int((self.layout.max_length - self.lengths)[counts < width].min())
+            if bool((counts < width).any())
+            else width
+        )
+        limits = [max(room, 1), *([self.layout.window] if self.layout.window else [])]
+        return min(width, *limits)
+
+    def _in_parts(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:
+        """Several steps, each row's logits from the one that reads its last token."""
+        found: Tensor | None = None
+        for start in range(0, max(len(row) for row in rows), width):
+            parts = [row[start : start + width] for row in rows]
+            logits = self.feed(parts)
+            if found is None:
+                found = logits.clone()
+            has = torch.tensor([bool(part) for part in parts], device=logits.device)
+            found[has] = logits[has]
+        assert found is not None
+        return found
 
     def _static(self, rows: Sequence[Sequence[int]], counts: Tensor, width: int) -> Tensor:
         assert self.layout.max_length is not None
@@ -63,7 +97,9 @@ class Decoder:
         if NEW_LENGTHS in self.layout.inputs:
             feeds[NEW_LENGTHS] = last + 1
         logits = self.cache.step(feeds)[LOGITS]
-        return logits[:, 0] if self.layout.is_last(LOGITS) else logits[torch.arange(len(rows)), last.to(logits.device)]
+        if self.layout.is_last(LOGITS):
+            return logits[:, 0].clone()  # the next step writes into the same tensor
+        return logits[torch.arange(len(rows)), last.to(logits.device)]
 
     def _growing(self, rows: Sequence[Sequence[int]], counts: Tensor, width: int) -> Tensor:
         ragged = bool((counts != width).any())

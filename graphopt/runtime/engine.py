@@ -41,7 +41,7 @@ class Engine(ABC):
     @property
     def layout(self) -> CacheLayout | None:
         """How its cache is laid out, if it has one."""
-        return CacheLayout.of(self.inputs, self.outputs)
+        return CacheLayout.of(self.inputs, self.outputs, self.dims)
 
     def new_cache(self, batch: int, once: Mapping[str, torch.Tensor] | None = None) -> KvCache:
         """An empty cache for ``batch`` texts; ``once`` are the inputs that stay the same in every step, an encoder's results.

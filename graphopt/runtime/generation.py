@@ -192,7 +192,7 @@ class Generator:
         decoder = Decoder(self.engine, len(rows))
         self.timing = Timing(prompt_tokens=sum(len(row.tokens) for row in rows))
         clock = time.perf_counter()
-        logits = self._prefill(decoder, rows)
+        logits = decoder.feed([row.tokens for row in rows], chunk=self.prefill_chunk)
         self.timing.prefill = time.perf_counter() - clock
         while True:
             chosen = sampler.choose(logits, [row.tokens for row in rows])
@@ -205,20 +205,6 @@ class Generator:
             logits = decoder.feed([[] if row.finish else row.tokens[-1:] for row in rows])
             self.timing.decode += time.perf_counter() - clock
             self.timing.new_tokens += sum(row.finish is None for row in rows)
-
-    def _prefill(self, decoder: Decoder, rows: list[_Row]) -> Any:
-        """The logits after each prompt; rows end at different chunks."""
-        chunk = self.prefill_chunk or max(len(row.tokens) for row in rows)
-        found: Any = None
-        for start in range(0, max(len(row.tokens) for row in rows), chunk):
-            parts = [row.tokens[start : start + chunk] for row in rows]
-            logits = decoder.feed(parts)
-            if found is None:
-                found = logits.clone()
-            for index, part in enumerate(parts):
-                if part:
-                    found[index] = logits[index]
-        return found
 
     def _take(self, index: int, row: _Row, token: int, max_new_tokens: int) -> Piece:
         """Add a token to its row, and see whether it is the last."""

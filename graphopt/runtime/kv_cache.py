@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from graphopt.errors import InputError
-from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
+from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout, make_room
 
 if TYPE_CHECKING:
     from graphopt.runtime.engine import Engine
@@ -24,6 +25,7 @@ class KvCache:
         self.engine, self.layout, self.batch = engine, layout, batch
         self.tensors = layout.empty(batch)
         self.once = dict(once)
+        self.evicted = torch.zeros(batch, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -35,9 +37,16 @@ class KvCache:
 
         InputError if the feeds do not fit the cache."""
         self.check(feeds)
-        results = self.engine(**feeds, **self.once, **self.tensors)
+        results = self.engine(**self.with_room(feeds), **self.once, **self.tensors)
         self.tensors = {past: results[present] for past, present in self.layout.names.items()}
         return {name: results[name] for name in self.layout.results}
+
+    def with_room(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The feeds, after buffers of windows have room for their tokens."""
+        if self.layout.window is None:
+            return feeds
+        self.evicted = make_room(self.layout, self.tensors, feeds, self.evicted)
+        return {**feeds, PAST_EVICTED: self.evicted}
 
     def check(self, feeds: Mapping[str, Tensor]) -> None:
         for name in self.layout.tokens:
@@ -47,6 +56,8 @@ class KvCache:
             return
         name = self.layout.tokens[0]
         new = feeds[name].shape[self.layout.axis_of(self.layout.inputs[name]) or 1]
+        if self.layout.window is not None and new > self.layout.window:
+            raise InputError(f"{new} tokens at once, the windows take {self.layout.window}", hint="give them in parts")
         longest = int(feeds[PAST_LENGTHS].max()) + new
         if longest > self.layout.max_length or int(feeds[PAST_LENGTHS].min()) < 0:
             raise InputError(
@@ -58,4 +69,5 @@ class KvCache:
         """Let the batch be these rows of itself: for beam search, or to leave texts that have ended."""
         self.tensors = {name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}
         self.once = {name: tensor[rows].contiguous() for name, tensor in self.once.items()}
+        self.evicted = self.evicted[rows.cpu()]
         self.batch = len(rows)

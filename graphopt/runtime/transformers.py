@@ -32,7 +32,7 @@ class EngineTexts:
     is_compileable = is_croppable = False
 
     def __init__(self, engine: Engine, batch: int) -> None:
-        self.decoder, self.vocabulary = Decoder(engine, batch), vocabulary_of(engine)
+        self.engine, self.decoder, self.vocabulary = engine, Decoder(engine, batch), vocabulary_of(engine)
         self.mask = torch.zeros(batch, 0, dtype=torch.bool)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -142,20 +142,19 @@ class EngineForCausalLM(GenerationMixin):  # type: ignore[misc]  # transformers 
         _refuse(others | {"return_dict=False": return_dict is False, "logits_to_keep": logits_to_keep != 1})
         if input_ids is None or input_ids.dim() != 2 or not input_ids.numel():
             raise InputError(f"an engine reads {TOKENS} [batch, sequence]", hint="give the ids of the tokens")
-        if not isinstance(past_key_values, EngineTexts | None):
+        texts = EngineTexts(self.engine, len(input_ids)) if past_key_values is None else past_key_values
+        if not isinstance(texts, EngineTexts) or texts.engine is not self.engine:
             raise InputError(
-                f"past_key_values is a {type(past_key_values).__name__}",
-                hint="leave it out for new texts, or give what an earlier call of this model returned",
+                f"past_key_values is a {type(texts).__name__} that is not this engine's",
+                hint="leave it out for new texts, or give what an earlier call returned",
             )
-        texts = past_key_values or EngineTexts(self.engine, len(input_ids))
         logits = texts.read(input_ids, attention_mask, position_ids)
         return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else texts)
 
     __call__ = forward
 
     def can_generate(self) -> bool:
-        """What pipelines ask."""
-        return True
+        return True  # for pipelines
 
     def is_remote_code(self) -> bool:
         return False
@@ -172,13 +171,10 @@ class EngineForCausalLM(GenerationMixin):  # type: ignore[misc]  # transformers 
         max_cache_length: int,
     ) -> None:
         """The first forward makes the cache; here, before anything is read, is refused what could not be carried through."""
-        names = ("cache_implementation", "prefill_chunk_size")
-        _refuse({name: getattr(generation_config, name) for name in names})
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise InputError(
-                "assisted generation needs logits of several tokens and a cache that can be cut",
-                hint="leave out assistant_model, prompt_lookup_num_tokens and the like",
-            )
+        asked = {name: getattr(generation_config, name) for name in ("cache_implementation", "prefill_chunk_size")}
+        # That needs logits of several tokens, and a cache that can be cut.
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        _refuse(asked | {"assisted generation (assistant_model, prompt_lookup_num_tokens)": assisted})
         mask, longest = model_kwargs.get("attention_mask"), longest_text(self.engine)
         needed = max_cache_length - (0 if mask is None else int((mask == 0).sum(1).min()))
         if longest is not None and needed > longest:

@@ -1,0 +1,223 @@
+"""``python -m benchmarks.zoo.generation [NAME ...]``: every class of the zoo that generates, with a cache.
+
+Each is compiled for ONNX Runtime with a growing and with a static cache, and generates 16 tokens greedily for three prompts of
+different lengths at once. The reference is eager PyTorch without a cache: every row alone, without padding, the whole text
+again for each token. Writes ``results/zoo_generation.json`` and ``.md``; exits with 1 where a target is missed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import graphopt
+from benchmarks.measure import Goal, Results, Table, quiet, summary_table
+from benchmarks.zoo.catalog import ANIMALS, Animal
+from benchmarks.zoo.small import source as small_source
+from graphopt.errors import GraphoptError
+from graphopt.runtime import Decoder
+from graphopt.sources import Source
+
+STEPS = 16
+PROMPTS = 5, 9, 2  # tokens of each row; of an encoder's text
+STARTS = 2, 1, 3  # tokens that a decoder begins with beside an encoder
+LONGEST = 28
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "growing": {"layout": "growing", "logits": "last"},
+    "static": {"layout": "static", "max_length": LONGEST, "logits": "last"},
+}
+BEFORE = "decompose_complex", "canonicalize", "fuse_attention"
+AFTER = "fuse_cached_attention", "fuse_norm", "fuse_activation", "heads_last", "flatten_tokens"
+
+
+@dataclass
+class Row:
+    """One class with one layout: how many tokens were eager's, and the worst difference of logits on the way."""
+
+    name: str
+    family: str
+    layout: str
+    equal: int = 0
+    drift: float = 0.0
+    refused: str = ""
+    kernels: str = ""
+    seconds: float = 0.0
+
+    @property
+    def right(self) -> bool:
+        return self.equal == STEPS * len(PROMPTS)
+
+
+def generates(animal: Animal) -> bool:
+    """Whether transformers generates text with the class."""
+    import transformers
+
+    cls: Any = getattr(transformers, animal.model)
+    return animal.family in ("decoder", "experts", "encoder-decoder") and bool(cls.can_generate())
+
+
+def attempt(work: tuple[Animal, str]) -> Row:
+    """``measure``, alone in its process, on one thread; a crash is a row as well."""
+    animal, layout = work
+    torch.set_num_threads(1)
+    with quiet():
+        try:
+            return measure(animal, layout)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            refused = f"crash: {type(error).__name__}: {error} at {where.filename}:{where.lineno}"
+            return Row(animal.name, animal.family, layout, refused=refused)
+
+
+def measure(animal: Animal, layout: str) -> Row:
+    """Compile with a cache and generate beside eager."""
+    row = Row(animal.name, animal.family, layout)
+    start = time.perf_counter()
+    free = [{"kind": kind, "allow_no_match": True} for kind in (*BEFORE, *AFTER)]
+    passes = [*free[: len(BEFORE)], {"kind": "insert_kv_cache", **LAYOUTS[layout]}]
+    passes += [each for each in free[len(BEFORE) :] if layout == "static" or each["kind"] != "fuse_cached_attention"]
+    target = {"backend": "onnxruntime", "tactics": "fixed", "threads": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = graphopt.compile(
+                small_source(animal, "eager"), Path(folder) / "engine", passes=passes, target=target
+            )
+        except GraphoptError as error:
+            row.refused = str(error)
+            return row
+        row.seconds = time.perf_counter() - start
+        ops = compiled.report.engine_ops
+        known = ("GroupQueryAttention", "TensorScatter", "Attention")
+        row.kernels = ", ".join(op for op in known if op in ops) or "products"
+        _generate(row, compiled.engine, small_source(animal, "eager"))
+    return row
+
+
+def _generate(row: Row, engine: graphopt.Engine, source: Source) -> None:
+    """Greedy steps of all rows together; after each, eager's own logits for the same texts."""
+    reads, texts = _prompts(source, has_encoder=engine.prologue is not None)
+    decoder = Decoder(engine, len(texts), _batched(reads))
+    logits = decoder.feed(texts).clone()
+    for _ in range(STEPS):
+        for index, text in enumerate(texts):
+            expected = _eager(source, text, reads, index)
+            row.drift = max(row.drift, float((logits[index] - expected).abs().max() / expected.abs().max()))
+            row.equal += int(logits[index].argmax() == expected.argmax())
+            text.append(int(expected.argmax()))
+        logits = decoder.feed([text[-1:] for text in texts]).clone()
+
+
+def _prompts(source: Source, has_encoder: bool) -> tuple[dict[str, list[Tensor]], list[list[int]]]:
+    """What the encoder reads, by input and row, and the tokens that each row begins with."""
+    generator = torch.Generator().manual_seed(3)
+
+    def tokens(name: str, counts: Sequence[int]) -> list[Tensor]:
+        return [torch.randint(3, source.vocabulary[name], (count,), generator=generator) for count in counts]
+
+    if not has_encoder:
+        return {}, [text.tolist() for text in tokens("input_ids", PROMPTS)]
+    if "input_ids" in source.inputs:
+        reads = {"input_ids": tokens("input_ids", PROMPTS)}
+    else:
+        features = source.tensors["input_features"]
+        noise = torch.randn((len(STARTS), *features.shape[1:]), generator=generator)
+        reads = {"input_features": list(noise)}
+    return reads, [text.tolist() for text in tokens("decoder_input_ids", STARTS)]
+
+
+def _batched(reads: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The encoder's input as one batch, texts padded behind."""
+    found = {name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for name, rows in reads.items()}
+    if "input_ids" in reads:
+        masks = [torch.ones_like(row) for row in reads["input_ids"]]
+        found["attention_mask"] = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    return found
+
+
+def _eager(source: Source, text: list[int], reads: dict[str, list[Tensor]], row: int) -> Tensor:
+    """Eager's logits for the next token of a row by itself."""
+    tokens = torch.tensor([text])
+    inputs = {name: rows[row][None] for name, rows in reads.items()}
+    given = {**inputs, "decoder_input_ids": tokens} if inputs else {"input_ids": tokens}
+    with torch.no_grad():
+        logits: Tensor = source.module(**given).logits[0, -1]
+    return logits
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    done = Table("Generation", "class")
+    done.notes.append(
+        f"{STEPS} greedy steps for prompts of {', '.join(map(str, PROMPTS))} tokens together, against eager without a cache,"
+        " row by row without padding; drift: largest difference of logits relative to their scale."
+    )
+    refused = Table("Refused", "class")
+    for row in rows:
+        if row.refused:
+            refused.add(row.name, layout=row.layout, reason=" ".join(row.refused.split()))
+            continue
+        tokens = f"{row.equal} of {STEPS * len(PROMPTS)}"
+        done.add(
+            row.name, layout=row.layout, family=row.family, tokens=tokens, drift=f"{row.drift:.0e}", kernels=row.kernels,
+            seconds=round(row.seconds, 1),
+        )  # fmt: skip
+    return [table for table in (done, refused) if table.rows]
+
+
+def goals(rows: Sequence[Row]) -> list[Goal]:
+    classes = list(dict.fromkeys(row.name for row in rows))
+    right = [name for name in classes if all(row.right for row in rows if row.name == name)]
+    wrong = {row.name for row in rows if not row.refused and not row.right}
+    return [
+        Goal.at_least(
+            f"classes that generate as eager in both layouts, of {len(classes)}",
+            95.0,
+            100 * len(right) / len(classes),
+            " %",
+        ),
+        Goal.at_most("classes compiled and wrong", 0, len(wrong)),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo.generation", description="the zoo, generating")
+    parser.add_argument("name", nargs="*", help="parts of class names; all that generate by default")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; by default one for each core")
+    asked = parser.parse_args(arguments)
+    animals = [a for a in ANIMALS if generates(a) and (not asked.name or any(part in a.name for part in asked.name))]
+    if not animals:
+        parser.error(f"no class that generates is named like {', '.join(asked.name)}")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    work = [(animal, layout) for animal in animals for layout in LAYOUTS]
+    rows = []
+    with ProcessPoolExecutor(asked.jobs) as pool:
+        for index, row in enumerate(pool.map(attempt, work)):
+            state = (
+                "refused"
+                if row.refused
+                else f"{row.equal} tokens, drift {row.drift:.0e}" + ("" if row.right else " WRONG")
+            )
+            console.print(f"{index + 1}/{len(work)} {row.name} {row.layout}: {state}", style="dim", highlight=False)
+            rows.append(row)
+    results = Results("zoo_generation", tables(rows), goals(rows))
+    for table in results.tables:
+        table.show(console)
+    summary_table(results.goals).show(console)
+    if not asked.name:
+        results.write()
+    return int(any(goal.reached is False for goal in results.goals))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
