@@ -98,6 +98,9 @@ def _rotary(m: Match) -> _Rotary | None:
     tables = [_looked_up(q.args[name], m.starts) for name in ("cos", "sin")]
     if not same or q.args["heads_last"] or tables[0] is None or tables[1] is None:
         return None
+    half = tables[0].type.shape[1]
+    if not isinstance(half, int) or half % 8:  # kernels read angles in eights
+        return None
     return _Rotary(q.args["x"], k.args["x"], tables[0], tables[1], q.args["interleaved"])
 
 

@@ -93,6 +93,7 @@ class PositionRows:
         return self._looked_up(whole, axis)
 
     def _looked_up(self, table: Value, axis: int) -> Value:
+        self._check_rows(table.type.shape[axis])
         ones, rest = table.type.shape[:axis], table.type.shape[axis:]
         if all(size == 1 for size in ones):
             found = self._insert("aten.index.Tensor", self=self._shaped(table, rest), indices=(self.positions,))
@@ -103,6 +104,15 @@ class PositionRows:
             return found
         order = (axis, *(place for place in range(len(found.type.shape)) if place != axis))
         return self._insert("aten.permute.default", self=found, dims=order)
+
+    def _check_rows(self, rows: Size) -> None:
+        """A table of positions must have one for every token of a static cache."""
+        total = self.tails.total
+        if isinstance(rows, int) and isinstance(total, int) and rows < total:
+            raise GraphError(
+                f"the model has positions for {rows} tokens, a cache of {total} is longer",
+                hint=f"set max_length to {rows} at most",
+            )
 
     def _pushed(self, node: Node, value: Value, axis: int) -> Value | None:
         """Computed from the operands at the positions; None where the op is not known to allow that."""
@@ -123,6 +133,7 @@ class PositionRows:
         if packet == "aten.expand":
             return self._expanded(node, value, axis)
         if packet == "aten.embedding" and axis < len(args["indices"].type.shape):
+            self._check_rows(args["weight"].type.shape[0])
             return self._remade(node, args | {"indices": self._at(args["indices"], axis)})
         return self._moved(node, value, axis)
 

@@ -73,7 +73,8 @@ class BoundCache(KvCache):
             call.feeds[name].copy_(tensor)
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        self.engine.session.run_with_iobinding(call.binding)
+        with self.engine.running():
+            self.engine.session.run_with_iobinding(call.binding)
         call.binding.synchronize_outputs()
         if self.layout.max_length is None:
             self.tensors = call.presents

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def make_session(model: bytes | Path, provider: str = "cpu", threads: int | None
     return session
 
 
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """What onnxruntime raises while it runs a model, as BackendError."""
+    try:
+        yield
+    except Exception as error:
+        raise BackendError(f"onnxruntime cannot run the model: {str(error).splitlines()[0]}") from error
+
+
 class OnnxRuntimeEngine(Engine):
     """A model file in a session. ``threads``: as many as there are cores, unless given."""
 
@@ -60,6 +70,8 @@ class OnnxRuntimeEngine(Engine):
         super().__init__(manifest)
         self.provider = provider
         self.session = make_session(folder / model, provider, threads)
+
+    running = staticmethod(running)
 
     def must_be_apart(self, layout: CacheLayout, feeds: Mapping[str, Any]) -> bool:
         """Whether the rows must run one by one: GroupQueryAttention on the CPU refuses several tokens on top of a past for
@@ -81,7 +93,8 @@ class OnnxRuntimeEngine(Engine):
         return {name: to_torch(array) for name, array in results.items()} if as_torch else results
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
+        with running():
+            return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
 
     def _new_cache(self, layout: CacheLayout, batch: int, once: Mapping[str, torch.Tensor]) -> KvCache:
         return BoundCache(self, layout, batch, once)

@@ -31,12 +31,11 @@ from graphopt.runtime import Decoder
 from graphopt.sources import Source
 
 STEPS = 16
-PROMPTS = 5, 9, 2  # tokens of each row; of an encoder's text
-STARTS = 2, 1, 3  # tokens that a decoder begins with beside an encoder
-LONGEST = 28
+PROMPTS = 5, 8, 2  # tokens of each row; of an encoder's text
+STARTS = 1, 1, 1  # tokens that a decoder begins with beside an encoder
 LAYOUTS: dict[str, dict[str, Any]] = {
     "growing": {"layout": "growing", "logits": "last"},
-    "static": {"layout": "static", "max_length": LONGEST, "logits": "last"},
+    "static": {"layout": "static", "max_length": 24, "logits": "last"},
 }
 BEFORE = "decompose_complex", "canonicalize", "fuse_attention"
 AFTER = "fuse_cached_attention", "fuse_norm", "fuse_activation", "heads_last", "flatten_tokens"
