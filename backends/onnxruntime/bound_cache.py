@@ -55,13 +55,23 @@ class BoundCache(KvCache):
 
     def step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.check(feeds)
-        feeds = self.with_room(feeds)
+        return self._step(self.with_room(feeds))
+
+    def _step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.layout.max_length is None or not self.engine.must_be_apart(self.layout, feeds):
             return self._run(feeds, 0, self.batch)
         rows = [
             self._run({name: t[row : row + 1] for name, t in feeds.items()}, row, row + 1) for row in range(self.batch)
         ]
         return {name: torch.cat([each[name] for each in rows]) for name in self.layout.results}
+
+    def call_once(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The engine called with a static cache that is given, and given back: kernels that write in place need it bound as
+        past and present. Results on the CPU."""
+        self.tensors = {name: tensors[name].to(self.device, copy=True).contiguous() for name in self.layout.names}
+        results = self._step({name: tensor for name, tensor in tensors.items() if name not in self.layout.names})
+        presents = {present: self.tensors[past] for past, present in self.layout.names.items()}
+        return {name: tensor.cpu() for name, tensor in {**results, **presents}.items()}
 
     def select(self, rows: Tensor) -> None:
         super().select(rows.to(self.device))

@@ -44,14 +44,36 @@ def make_session(model: bytes | Path, provider: str = "cpu", threads: int | None
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if provider != "cpu":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=[wanted])
     except Exception as error:
         raise BackendError(f"onnxruntime refuses the model: {str(error).splitlines()[0]}") from error
     if session.get_providers()[0] != wanted:
         raise BackendError(f"onnxruntime runs the model on {session.get_providers()[0]}, not on {wanted}")
+    if provider != "cpu":
+        _refuse_fallback(session, wanted)
     return session
+
+
+#: What onnxruntime computes sizes with, on the CPU whatever the provider.
+_OF_SIZES = frozenset(
+    {
+        "Shape", "Size", "Range", "Concat", "Unsqueeze", "Squeeze", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Min", "Max",
+        "Gather", "Slice", "Reshape", "Expand", "ReduceMax", "Constant", "ConstantOfShape", "Where", "Equal", "Less",
+        "LessOrEqual", "Not", "Identity", "MemcpyToHost", "MemcpyFromHost",
+    }
+)  # fmt: skip
+
+
+def _refuse_fallback(session: Any, wanted: str) -> None:
+    """BackendError if anything but the computation of sizes would run elsewhere."""
+    assigned = session.get_provider_graph_assignment_info()
+    ops = {node.op_type for part in assigned if part.ep_name != wanted for node in part.get_nodes()} - _OF_SIZES
+    if ops:
+        raise BackendError(
+            f"onnxruntime has no kernel of {wanted} for {', '.join(sorted(ops))}: it would run elsewhere"
+        )
 
 
 @contextlib.contextmanager
@@ -82,14 +104,12 @@ class OnnxRuntimeEngine(Engine):
         return bool(batch > 1 and width > 1 and feeds[PAST_LENGTHS].max() > 0)
 
     def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
-        feeds = {name: to_numpy(tensor) for name, tensor in tensors.items()}
         layout = self.layout
-        if layout is not None and self.must_be_apart(layout, feeds):
-            count = len(feeds[PAST_LENGTHS])
-            rows = [self._run({name: array[row : row + 1] for name, array in feeds.items()}) for row in range(count)]
-            results = {name: np.concatenate([each[name] for each in rows]) for name in self.outputs}
-        else:
-            results = self._run(feeds)
+        if layout is not None and layout.max_length is not None:
+            given = {name: t if isinstance(t, torch.Tensor) else to_torch(t) for name, t in tensors.items()}
+            made = BoundCache(self, layout, len(given[PAST_LENGTHS]), {}).call_once(given)
+            return {name: made[name] if as_torch else made[name].numpy() for name in self.outputs}
+        results = self._run({name: to_numpy(tensor) for name, tensor in tensors.items()})
         return {name: to_torch(array) for name, array in results.items()} if as_torch else results
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
