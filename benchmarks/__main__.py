@@ -1,4 +1,5 @@
-"""``python -m benchmarks [minilm] [smollm2] [scaling]``: run the named suites, or all; print and keep what they measured.
+"""``python -m benchmarks [minilm] [smollm2] [decoding] [scaling]``: run the named suites, or all; print and keep what they
+measured.
 
 Each suite writes ``results/<suite>.json`` and ``.md``; ``results/core.json`` and ``.md`` hold the newest of every suite."""
 
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.measure import RESULTS, Results, summary_table
 
-SUITES = ("minilm", "smollm2", "scaling")
+SUITES = ("minilm", "smollm2", "decoding", "scaling")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

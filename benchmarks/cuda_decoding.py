@@ -162,6 +162,8 @@ def main() -> int:
         f"fp16, batch 1, prompt {PROMPT}, {STEPS} steps, cache of {LENGTH}; torch {torch.__version__}, onnxruntime"
         f" {onnxruntime.__version__}; widest gap: how far eager's logit of the token taken is below its best, of their scale"
     )
+    driver = Path("/proc/driver/nvidia/version")
+    table.notes.append(driver.read_text().splitlines()[0] if driver.exists() else "no driver version is told")
     table.notes.append(f"the engine against eager on the CPU in fp16: {proven.worst:.1e} of the logits' scale")
     table.notes.append(f"CUDA graph: {graph}")
     results.tables.append(table)

@@ -28,7 +28,17 @@ from graphopt.backends.onnxruntime.tactics import cpu_features
 
 THREADS = 2
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("graphopt", "torch", "transformers", "onnxruntime", "onnx", "onnxscript", "onnx-ir", "numpy")
+PACKAGES = (
+    "graphopt",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime-genai",
+    "numpy",
+)
 
 Cell: TypeAlias = str | float | int | bool | None
 

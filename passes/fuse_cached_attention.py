@@ -98,8 +98,8 @@ def _rotary(m: Match) -> _Rotary | None:
     tables = [_looked_up(q.args[name], m.starts) for name in ("cos", "sin")]
     if not same or q.args["heads_last"] or tables[0] is None or tables[1] is None:
         return None
-    half = tables[0].type.shape[1]
-    if not isinstance(half, int) or half % 8:  # kernels read angles in eights
+    half, size = tables[0].type.shape[1], m.q.type.shape[3]
+    if not (isinstance(half, int) and isinstance(size, int)) or half % 8 or size % 16:  # what kernels read
         return None
     return _Rotary(q.args["x"], k.args["x"], tables[0], tables[1], q.args["interleaved"])
 
@@ -117,6 +117,8 @@ def _counts_from(positions: Value, starts: Value) -> bool:
     """Whether positions are ``starts[:, None] + arange``."""
     total = positions.producer
     if total is None or total.op != "aten.add.Tensor" or not isinstance(total.args["other"], Value):
+        return False
+    if total.args["alpha"] != 1:
         return False
     column, count = total.args["self"].producer, total.args["other"].producer
     is_column = (

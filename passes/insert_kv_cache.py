@@ -112,6 +112,9 @@ class _Insertion:
         self.data = self._data()
         nodes = [node for node in attentions.fused(graph) if node.args["k"] in self.data or node.args["v"] in self.data]
         self.nodes = nodes
+        foreign = next((n for n in attentions.fused(graph) if n.args["causal"] != "none" and n not in nodes), None)
+        if foreign is not None:
+            raise GraphError("its keys do not come from the tokens", where=foreign.where)
         for node in nodes:
             self._check(node)
         self.new = Dim.named(self.sequence)
@@ -293,6 +296,7 @@ class _Growing(_Insertion):
         if self.past in self.graph.dims:
             raise GraphError(f"there is a size named {self.past} already", hint="set past to another name")
         longest = self.graph.dims[self.sequence].max
+        self.graph.dims[self.sequence] = DimRange(1, longest)  # a step may have a single token, whatever a text has
         self.graph.dims[self.past] = DimRange(0, None if longest is None else longest - 1)
         return Dim.named(self.past) + self.new
 
@@ -322,7 +326,7 @@ class _Growing(_Insertion):
         )
 
     def _attend(self, node: Node) -> None:
-        names = ("key_mask", "segments", "prefix")
+        names = ("key_mask", "kv_lengths", "segments", "prefix")
         changed = {name: self.tails.whole(node.args[name]) for name in names if node.args[name] is not None}
         bias = node.args["bias"]
         if bias is not None:
@@ -343,14 +347,17 @@ class _Static(_Insertion):
     has_windows: bool = False
     chunks: dict[Node, int] = field(default_factory=dict)
 
-    def _begin(self) -> Size:
+    def _data(self) -> set[Value]:
         bounds = self.graph.dims[self.sequence]
         if bounds.max is not None and self.max_length > bounds.max:
             raise GraphError(
                 f"a cache of {self.max_length} positions is longer than the model's {bounds.max}",
                 hint=f"set max_length to {bounds.max} at most, or give {self.sequence} a wider range in dims",
             )
-        self.graph.dims[self.sequence] = DimRange(bounds.min, self.max_length)
+        return super()._data()
+
+    def _begin(self) -> Size:
+        self.graph.dims[self.sequence] = DimRange(1, self.max_length)  # a step may have a single token
         lengths = TensorType(torch.int64, (self._batch(),))
         self.starts = self.graph.add_input(PAST_LENGTHS, lengths)
         self.window = self._window_of(self.nodes)
@@ -407,7 +414,7 @@ class _Static(_Insertion):
 
     def _chunk(self, node: Node) -> int | None:
         """The length of the chunks that segments are in a text without padding."""
-        numbers = self._without_padding(node.args["segments"])[0]
+        numbers = self._without_padding(node.args["segments"])[0].to(torch.int64)
         changes = (numbers.diff() != 0).nonzero()
         length = int(changes[0]) + 1 if len(changes) else self.max_length
         return length if torch.equal(numbers - numbers[0], torch.arange(self.max_length) // length) else None

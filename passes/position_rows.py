@@ -26,6 +26,8 @@ class PositionRows:
     def __init__(self, tails: Tails, positions: Value, padded: set[Value]) -> None:
         self.tails, self.positions, self.padded = tails, positions, padded
         self.batch = positions.type.shape[0]
+        if isinstance(self.batch, int) and self.batch > 1:
+            raise GraphError(f"the batch is fixed at {self.batch}", hint="let it be dynamic: name its axis")
         self.are_tables = isinstance(tails.total, int)
         self._picked: dict[tuple[Value, int], Value] = {}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphopt.execution import bind_dims
 from graphopt.ir import TensorType
-from graphopt.runtime.cache import CacheLayout
+from graphopt.runtime.cache import NEW_LENGTHS, CacheLayout
 from graphopt.runtime.engine import signature
 from graphopt.runtime.kv_cache import KvCache
 
@@ -60,10 +60,19 @@ class BoundCache(KvCache):
     def _step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.layout.max_length is None or not self.engine.must_be_apart(self.layout, feeds):
             return self._run(feeds, 0, self.batch)
-        rows = [
-            self._run({name: t[row : row + 1] for name, t in feeds.items()}, row, row + 1) for row in range(self.batch)
-        ]
-        return {name: torch.cat([each[name] for each in rows]) for name in self.layout.results}
+        rows = [self._run(self._row(feeds, row), row, row + 1) for row in range(self.batch)]
+        return {name: _stacked([each[name] for each in rows]) for name in self.layout.results}
+
+    def _row(self, feeds: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+        """One row's feeds, without the padding behind its tokens where the engine is told how many they are."""
+        own = {name: tensor[row : row + 1] for name, tensor in feeds.items()}
+        if NEW_LENGTHS in own:
+            count = int(own[NEW_LENGTHS])
+            own |= {
+                name: own[name].narrow(self.layout.axis_of(self.layout.inputs[name]) or 1, 0, count)
+                for name in self.layout.tokens
+            }
+        return own
 
     def call_once(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The engine called with a static cache that is given, and given back: kernels that write in place need it bound as
@@ -74,7 +83,7 @@ class BoundCache(KvCache):
         return {name: tensor.cpu() for name, tensor in {**results, **presents}.items()}
 
     def select(self, rows: Tensor) -> None:
-        super().select(rows.to(self.device))
+        super().select(rows)
         self._calls.clear()
 
     def _run(self, feeds: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
@@ -95,6 +104,8 @@ class BoundCache(KvCache):
         the next."""
         width = feeds[self.layout.tokens[0]].shape[1]
         key = first, last, width
+        if key in self._calls and not _fit(feeds, self._calls[key].feeds):
+            del self._calls[key]  # binding them says what is wrong
         if key not in self._calls or self.layout.max_length is None:
             made = self._bind(feeds, first, last)
             if width > 1 or self.layout.max_length is None:
@@ -123,6 +134,19 @@ class BoundCache(KvCache):
 
     def _empty(self, type: TensorType, env: Mapping[str, int]) -> Tensor:
         return torch.empty(*type.concrete(env).shape, dtype=type.dtype, device=self.device)  # type: ignore[arg-type]  # numbers
+
+
+def _fit(feeds: Mapping[str, Tensor], bound: Mapping[str, Tensor]) -> bool:
+    return feeds.keys() == bound.keys() and all(
+        tensor.shape == bound[name].shape and tensor.dtype == bound[name].dtype for name, tensor in feeds.items()
+    )
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """Results of several rows; those along the tokens padded to the longest."""
+    if len({row.shape for row in rows}) == 1:
+        return torch.cat(rows)
+    return torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
 
 
 _NOTHING = torch.zeros(1)

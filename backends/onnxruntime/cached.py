@@ -15,6 +15,10 @@ from graphopt.ir import Node, Value
 CONTRIB = "com.microsoft"
 
 
+#: GroupQueryAttention's total_sequence_length is the buffers' length, a constant: a number computed on the GPU is read before
+#: it is there (seen in 1.31.1), and the kernels take each row's own length from seqlens_k anyway.
+
+
 def group_query(e: Emitter, node: Node) -> Lowered:
     """Queries, keys and values packed where they are pieces of one product. The kernel's own mask is causal with a window;
     all else is a bias ``[B or 1, H or 1, S, total]``."""
@@ -35,12 +39,12 @@ def group_query(e: Emitter, node: Node) -> Lowered:
         parts = [flat(args["q"], heads), flat(args["k"], kv_heads), flat(args["v"], kv_heads)]
     else:
         parts = [e.reshape(packed, (batch, queries, (heads + 2 * kv_heads) * size)), None, None]
-    total = _total(e, args["starts"], queries)
+    total = args["k_cache"].type.shape[2]
     rotary = [e.value(args[name]) if args[name] is not None else None for name in ("cos", "sin")]
     result, keys, values = e.op_several(
         "GroupQueryAttention",
         *parts, e.value(args["k_cache"]), e.value(args["v_cache"]),
-        _last_keys(e, args["starts"], queries), e.cast(total, torch.int64, torch.int32), *rotary,
+        _last_keys(e, args["starts"], queries), e.constant(total, torch.int32), *rotary,
         None, _bias(e, node, queries, total), e.value(args["sinks"]) if args["sinks"] is not None else None,
         outputs=3, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, scale=args["scale"],
         softcap=args["softcap"] or None, local_window_size=args["window_left"] + 1 if args["window_left"] >= 0 else None,
@@ -68,35 +72,32 @@ def _last_keys(e: Emitter, starts: Value, queries: Size) -> ir.Value:
     """The position of each row's last new token, int32 ``[B]``."""
 
     def make() -> ir.Value:
-        last = e.op("Add", e.value(starts), e.size(queries - 1))
+        last = e.op("Add", _counted(e, starts), e.size(queries - 1))
         return e.cast(last, torch.int64, torch.int32)
 
     return e.once(("last keys", starts.name, queries), make)
 
 
-def _total(e: Emitter, starts: Value, queries: Size) -> ir.Value:
-    """How many positions the longest row has, int64 scalar."""
-
-    def make() -> ir.Value:
-        longest = e.op("ReduceMax", e.value(starts), keepdims=0)
-        return e.op("Add", longest, e.scalar(queries))
-
-    return e.once(("total", starts.name, queries), make)
-
-
-def _bias(e: Emitter, node: Node, queries: Size, total: ir.Value) -> ir.Value | None:
-    """The bias of the keys there are, and what chunks hide."""
+def _bias(e: Emitter, node: Node, queries: Size, total: int) -> ir.Value | None:
+    """The bias and what chunks hide, ``[B or 1, H or 1, S, total]``."""
     args = node.args
     dtype = args["q"].type.dtype
     parts = []
     if args["bias"] is not None:
-        bias = args["bias"]
-        parts.append(
-            _of_keys(e, _hidden(e, e.value(bias), dtype) if bias.type.dtype == torch.bool else e.value(bias), total)
-        )
+        parts.append(_whole(e, args["bias"], queries, total, dtype))
     if args["chunk"]:
         parts.append(_hidden(e, _same_chunk(e, args["starts"], queries, args["chunk"], total), dtype))
     return functools.reduce(lambda a, b: e.op("Add", a, b), parts) if parts else None
+
+
+def _whole(e: Emitter, bias: Value, queries: Size, total: int, dtype: torch.dtype) -> ir.Value:
+    """A bias as numbers, with a row for every query and a column for every key."""
+    shape = bias.type.shape
+    numbers = _hidden(e, e.value(bias), dtype) if bias.type.dtype == torch.bool else e.value(bias)
+    if len(shape) == 4 and shape[2:] == (queries, total):
+        return numbers
+    lead = (*[1] * (4 - len(shape)), *shape)[:2]
+    return e.once(("whole", numbers.name), lambda: e.op("Expand", numbers, e.vector((*lead, queries, total))))
 
 
 def _hidden(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
@@ -106,24 +107,18 @@ def _hidden(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
     )
 
 
-def _of_keys(e: Emitter, bias: ir.Value, total: ir.Value) -> ir.Value:
-    """A bias over the whole buffer, cut to the keys there are."""
-
-    def make() -> ir.Value:
-        zero, axis = (e.constant(np.array([number], np.int64)) for number in (0, 3))
-        return e.op("Slice", bias, zero, e.op("Unsqueeze", total, zero), axis)
-
-    return e.once(("keys", bias.name), make)
-
-
-def _same_chunk(e: Emitter, starts: Value, queries: Size, chunk: int, total: ir.Value) -> ir.Value:
+def _same_chunk(e: Emitter, starts: Value, queries: Size, chunk: int, total: int) -> ir.Value:
     """``[B, 1, S, total]``: whether query and key are of one chunk."""
 
     def make() -> ir.Value:
         zero, one, length = (e.constant(np.array(number, np.int64)) for number in (0, 1, chunk))
-        own = e.op("Unsqueeze", e.value(starts), e.constant(np.array([1, 2, 3], np.int64)))
+        own = e.op("Unsqueeze", _counted(e, starts), e.constant(np.array([1, 2, 3], np.int64)))
         column = e.op("Unsqueeze", e.op("Range", zero, e.scalar(queries), one), e.constant(np.array([1], np.int64)))
         query = e.op("Div", e.op("Add", own, column), length)
-        return e.op("Equal", query, e.op("Div", e.op("Range", zero, total, one), length))
+        return e.op("Equal", query, e.constant(np.arange(total) // chunk))
 
     return e.once(("chunk", starts.name, queries, chunk), make)
+
+
+def _counted(e: Emitter, starts: Value) -> ir.Value:
+    return e.cast(e.value(starts), starts.type.dtype, torch.int64)

@@ -96,12 +96,9 @@ class OnnxRuntimeEngine(Engine):
     running = staticmethod(running)
 
     def must_be_apart(self, layout: CacheLayout, feeds: Mapping[str, Any]) -> bool:
-        """Whether the rows must run one by one: GroupQueryAttention on the CPU refuses several tokens on top of a past for
-        more than one row."""
-        if self.provider != "cpu" or "GroupQueryAttention" not in self.manifest.report.engine_ops:
-            return False
+        """Whether the rows must run one by one: GroupQueryAttention takes several tokens on top of a past for one row only."""
         batch, width = feeds[layout.tokens[0]].shape[:2]
-        return bool(batch > 1 and width > 1 and feeds[PAST_LENGTHS].max() > 0)
+        return bool(batch > 1 and width > 1 and "GroupQueryAttention" in self.manifest.report.engine_ops)
 
     def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
         layout = self.layout

@@ -229,6 +229,11 @@ def kv_cache_update(cache: Tensor, new: Tensor, starts: Tensor) -> Tensor:
 def _cached_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
     parts = [args[name].transpose(1, 2) if args["heads_last"] else args[name] for name in ("q", "k", "v")]
     caches = args["k_cache"], args["v_cache"]
+    cos, sin = args["cos"], args["sin"]
+    if (cos is None) != (sin is None) or (
+        cos is not None and (cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > parts[0].shape[3])
+    ):
+        raise ValueError("cos and sin are two tables [positions, R/2] of one shape, R the rotated features at most")
     for new, cache in zip(parts[1:], caches, strict=True):
         _update_shapes({"cache": cache, "new": new})
     result = _attention_shape(parts[0], parts[1], parts[2], "none", heads_last=False)

@@ -54,6 +54,10 @@ class KvCache:
                 raise InputError(f"{name} has {feeds[name].shape[0]} rows, the cache {self.batch}")
         if self.layout.max_length is None:
             return
+        if PAST_LENGTHS not in feeds:
+            raise InputError(
+                f"missing input: {PAST_LENGTHS}", hint="how many positions each row has filled, i64 [batch]"
+            )
         name = self.layout.tokens[0]
         new = feeds[name].shape[self.layout.axis_of(self.layout.inputs[name]) or 1]
         if self.layout.window is not None and new > self.layout.window:
@@ -66,8 +70,9 @@ class KvCache:
             )
 
     def select(self, rows: Tensor) -> None:
-        """Let the batch be these rows of itself: for beam search, or to leave texts that have ended."""
-        self.tensors = {name: tensor[rows].contiguous() for name, tensor in self.tensors.items()}
-        self.once = {name: tensor[rows].contiguous() for name, tensor in self.once.items()}
-        self.evicted = self.evicted[rows.cpu()]
+        """Let the batch be these rows of itself (numbers, or a mask): for beam search, or to leave texts that have ended."""
+        rows = torch.arange(self.batch)[rows.cpu()]
+        self.tensors = {name: tensor[rows.to(tensor.device)].contiguous() for name, tensor in self.tensors.items()}
+        self.once = {name: tensor[rows.to(tensor.device)].contiguous() for name, tensor in self.once.items()}
+        self.evicted = self.evicted[rows]
         self.batch = len(rows)
