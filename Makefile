@@ -35,10 +35,12 @@ lint: $(STAMP) ## Check format, lint and types
 	$(BIN)/mypy
 
 bench: $(STAMP) ## Measure speed, parity and memory beside the peers; writes benchmarks/results/
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
 zoo: $(STAMP) ## Compile the zoo of architectures beside torch.onnx.export; writes benchmarks/results/zoo.md
 	$(BIN)/python -W ignore -m benchmarks.zoo
+	$(BIN)/python -W ignore -m benchmarks.zoo.generation
 
 clean: ## Remove the environment and what runs left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo

@@ -26,9 +26,10 @@ from benchmarks.measure import THREADS, Cell, Goal, Results, Table, Timing, quie
 from benchmarks.smollm2 import text_tokens
 from graphopt.runtime.decoder import Decoder
 from graphopt.runtime.generation import Generator
+from graphopt.sources import transformers_source
 
 QUICK = bool(os.environ.get("QUICK"))
-ROUNDS, RUNS, STEPS = (1, 1, 4) if QUICK else (10, 2, 24)
+ROUNDS, RUNS, STEPS = (1, 1, 4) if QUICK else (6, 2, 24)
 NEW_TOKENS = 8 if QUICK else 128
 GROWTH_STEPS = 16 if QUICK else 512
 LENGTHS = (5, 9, 17, 33, 64, 96, 128, 200)  # of the prompts of the agreement
@@ -36,6 +37,7 @@ CHUNK = 16
 PROMPT, LONG_PROMPT, LONG_PAST = (128, 192, 256) if QUICK else (128, 512, 4096)
 ROOM, LONG_ROOM = (256, 512) if QUICK else (1024, 4352)
 
+WINDOW = 32 if QUICK else 512
 FASTER, PREFILL_RATIO, LONG_RATIO = 1.15, 0.7, 1.6
 CACHE_BYTES = 2 * 30 * 3 * 64 * 4  # keys and values of a token: layers, heads, size, bytes
 
@@ -55,13 +57,14 @@ Times = dict[tuple[str, str], Timing]
 def decoder_passes(layout: str, max_length: int | None = None) -> list[dict[str, Any]]:
     """The passes of an engine that decodes, with a static cache of ``max_length`` positions or a growing one."""
     static = layout == "static"
+    fused: list[dict[str, Any]] = [{"kind": "fuse_cached_attention"}, {"kind": "merge_linears", "allow_no_match": True}]
     cache: dict[str, Any] = {"kind": "insert_kv_cache", "layout": layout, "logits": "last"}
     kinds = ["fuse_norm", "fuse_activation", "heads_last", "flatten_tokens"]
     return [
         {"kind": "canonicalize", "allow_no_match": True},
         {"kind": "fuse_attention"},
         {**cache, "max_length": max_length} if static else cache,
-        *([{"kind": "fuse_cached_attention"}] if static else []),
+        *(fused if static else []),
         *({"kind": kind, "allow_no_match": True} for kind in kinds),
     ]
 
@@ -87,6 +90,7 @@ def measure() -> Results:
         with quiet():
             model = build(Path(folder))
             agreement(results, model)
+            windows(results)
         speed(results, model, Path(folder))
         memory(results, model)
     return results
@@ -373,3 +377,41 @@ def memory(results: Results, model: Model) -> None:
         row = f"SmolLM2: bytes a token by which the cache grows, {name}"
         results.goals.append(Goal(row, str(wanted), f"{cache:g}", cache == wanted))
     results.tables.append(table)
+
+
+def windows(results: Results) -> None:
+    """A Gemma 3 of six layers, five of them with a window, filled to the end: bytes of its caches, and eager's logits."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=32, sliding_window=WINDOW, max_position_embeddings=LONG_ROOM,
+        query_pre_attn_scalar=32,
+    )  # fmt: skip
+    source = transformers_source(transformers.Gemma3ForCausalLM(config), name="gemma3-like")
+    passes = decoder_passes("static", LONG_ROOM)
+    passes[2] |= {"window": True}
+    target = {"backend": "onnxruntime", "threads": THREADS, "tactics": "fixed"}
+    tokens = torch.randint(3, 512, (1, LONG_PAST + 1), generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        engine = graphopt.compile(source, Path(folder) / "engine", passes=passes, target=target).engine
+        decoder = Decoder(engine, 1)
+        decoder.feed([tokens[0, :-1].tolist()])
+        got = decoder.feed([tokens[0, -1:].tolist()])[0]
+        sizes = [tensor.nbytes for tensor in decoder.cache.tensors.values()]
+    with torch.inference_mode():
+        expected = source.module(tokens, logits_to_keep=1).logits[0, -1]
+    row = 32 * 4  # bytes of a position in one layer's keys
+    bound = (2 * WINDOW - 1) * row
+    table = Table(f"Gemma-3-like, window {WINDOW}: caches at {LONG_PAST} tokens", "layers")
+    table.add("of windows", count=sum(size == bound for size in sizes), bytes_each=min(sizes))
+    table.add("of the whole text", count=sum(size != bound for size in sizes), bytes_each=max(sizes))
+    drift = float((got - expected).abs().max() / expected.abs().max())
+    table.notes.append(
+        f"keys and values apart; logits after {LONG_PAST} tokens differ from eager by {drift:.1e} of their scale"
+    )
+    results.tables.append(table)
+    name = f"window {WINDOW} at {LONG_PAST} tokens: bytes of a windowed layer over the window's"
+    results.goals.append(Goal.at_most(name, 2.0, min(sizes) / (WINDOW * row), "x"))
+    results.goals.append(Goal.at_most(f"window {WINDOW} at {LONG_PAST} tokens: logits from eager", 1e-4, drift))

@@ -392,7 +392,6 @@ def test_shapes_are_those_of_the_body(heads_last: bool) -> None:
     assert [tensor.shape for tensor in shapes] == [tensor.shape for tensor in results]
 
 
-@pytest.mark.xfail(strict=True, reason="the shape function looks at neither cos nor sin")
 @pytest.mark.parametrize("tables", [{"cos": (9, 3)}, {"cos": (9, 3), "sin": (9, 2)}, {"cos": (9, 4), "sin": (9, 4)}])
 def test_tables_that_do_not_fit_are_refused(tables: dict[str, tuple[int, ...]]) -> None:
     """One without the other, of unlike shapes, of more features than a head has."""

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["quickstart", "custom_pass"])
+@pytest.mark.parametrize("name", ["quickstart", "custom_pass", "generate"])
 def test_example(name: str) -> None:
     done = subprocess.run(
         [sys.executable, f"examples/{name}.py"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -33,9 +33,10 @@ def test_pipeline_example_is_valid() -> None:
     from graphopt.compiler import read_config
     from graphopt.pipeline import load_passes
 
-    config = read_config(ROOT / "examples" / "minilm.yaml")
-    assert config.passes is not None
-    assert [step.kind for step in load_passes(config.passes)][-1] == "remove_padding"
+    for name, last in (("minilm", "remove_padding"), ("smollm2", "flatten_tokens")):
+        config = read_config(ROOT / "examples" / f"{name}.yaml")
+        assert config.passes is not None
+        assert [step.kind for step in load_passes(config.passes)][-1] == last
 
 
 def test_readme_python(tmp_path: Path) -> None:

@@ -221,7 +221,6 @@ def test_a_rotation_that_stays_outside(case: Case) -> None:
     assert_equal(case)
 
 
-@pytest.mark.xfail(strict=True, reason="the alpha of starts + alpha * count is not looked at")
 def test_positions_of_every_other_place() -> None:
     head = TABLED.replace("other=%count)", "other=%count, alpha=2)").replace(f"[{LENGTH}, 8]", "[40, 8]")
     case = rotary_stays(head)

@@ -13,7 +13,9 @@ import torch
 import graphopt
 from benchmarks.zoo.catalog import ANIMALS
 from benchmarks.zoo.small import source as small_source
+from graphopt import attentions
 from graphopt.compiler import make_proof
+from graphopt.dims import Dim
 from graphopt.errors import GraphError, LoweringError, PipelineError
 from graphopt.execution import run
 from graphopt.ir import Graph
@@ -303,7 +305,6 @@ def test_a_cache_as_long_as_the_model(max_length: int) -> None:
         static(WITHOUT_MASK, max_length)
 
 
-@pytest.mark.xfail(strict=True, reason="the mask is run at the cache's length before that is compared with the model's")
 def test_a_cache_longer_than_a_model_with_a_mask() -> None:
     with pytest.raises(GraphError, match="a cache of 65 positions is longer than the model's 64"):
         static(BEFORE, 65)
@@ -377,7 +378,6 @@ ALONG_COLUMNS = """\
   %row: i64[1, sequence] = aten.unsqueeze.default(self=%count, dim=0)
   %n: i64[batch, sequence] = aten.expand.default(self=%row, size=[batch, sequence])
 """
-TRUTHS = pytest.mark.xfail(strict=True, reason="RuntimeError: truths cannot be subtracted")
 SIZELESS = pytest.mark.xfail(strict=True, reason="KeyError: without an input nothing says how long the sequence is")
 
 
@@ -387,7 +387,7 @@ SIZELESS = pytest.mark.xfail(strict=True, reason="KeyError: without an input not
         ("i64", ALONG_MASK),
         ("i32", ALONG_MASK),
         ("f32", ALONG_MASK),
-        pytest.param("bool", ALONG_MASK, marks=TRUTHS),
+        ("bool", ALONG_MASK),
         pytest.param("i64", ALONG_COLUMNS, marks=SIZELESS),
     ],
 )
@@ -397,11 +397,12 @@ def test_segments_that_are_chunks(dtype: str, counted: str) -> None:
         assert "chunk=32" in static(halves(dtype, counted), 64).text()
 
 
-@pytest.mark.xfail(strict=True, reason="lengths are not taken for all positions: the error is that %mask is still used")
 def test_lengths_in_the_growing_layout() -> None:
-    text = with_argument("kv_lengths=%lengths", LENGTHS)
-    with pytest.raises(GraphError, match="lengths"):
-        inserted(text)
+    """They are counted along the mask of all positions."""
+    graph = inserted(with_argument("kv_lengths=%lengths", LENGTHS))
+    lengths = next(node for node in graph.nodes if node.op == attentions.FUSED).args["kv_lengths"]
+    assert lengths.producer is not None
+    assert graph.inputs["mask"].type.shape[1] == Dim.parse("past + sequence")
 
 
 @pytest.mark.xfail(strict=True, reason="an axis as long as a batch of a fixed size is taken for the batch")
@@ -496,7 +497,6 @@ def test_engines_with_one_kernel(name: str, tmp_path: Path) -> None:
     assert "TensorScatter" not in report.engine_ops
 
 
-@pytest.mark.xfail(strict=True, reason="onnxruntime's own error comes out of the first run; see test_cached_lowerings")
 @pytest.mark.parametrize("name", ["BloomForCausalLM", "MptForCausalLM"])
 def test_what_the_kernel_has_not(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ALiBi as a bias of keys or of few axes."""
@@ -506,7 +506,6 @@ def test_what_the_kernel_has_not(name: str, tmp_path: Path, monkeypatch: pytest.
         compiled(name, FUSED, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="single tokens are outside of the range that the model had")
 @pytest.mark.parametrize("layout", ENGINE_OPTIONS)
 def test_a_model_of_at_least_two_tokens(layout: str, tmp_path: Path) -> None:
     """``dims: {sequence: [2, 64]}``: a decoder takes single tokens all the same."""
