@@ -29,7 +29,7 @@ from graphopt.runtime.generation import Generator
 from graphopt.sources import transformers_source
 
 QUICK = bool(os.environ.get("QUICK"))
-ROUNDS, RUNS, STEPS = (1, 1, 4) if QUICK else (6, 2, 24)
+ROUNDS, RUNS, STEPS = (1, 1, 4) if QUICK else (4, 2, 24)
 NEW_TOKENS = 8 if QUICK else 128
 GROWTH_STEPS = 16 if QUICK else 512
 LENGTHS = (5, 9, 17, 33, 64, 96, 128, 200)  # of the prompts of the agreement

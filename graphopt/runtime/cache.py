@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +112,7 @@ class CacheLayout:
         for name in self.names:
             _, heads, length, size = self.inputs[name].shape
             shape = batch, _number(heads), length if isinstance(length, int) else 0, _number(size)
-            found[name] = torch.zeros(shape, dtype=self.inputs[name].dtype, device=device)
+            found[name] = _zeros(shape, self.inputs[name].dtype, device)
         return found
 
 
@@ -122,6 +123,14 @@ def _sequence(inputs: Mapping[str, TensorType], names: Mapping[str, str]) -> str
     return next(
         _name(shape[1]) for shape in left if len(shape) > 1 and isinstance(shape[1], Dim) and shape[1] not in others
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """On the CPU pages that the system zeroes when they are first touched: a long cache costs nothing until it is filled."""
+    known = {torch.float32: np.float32, torch.float16: np.float16}
+    if str(device) != "cpu" or dtype not in known:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, known[dtype]))
 
 
 def _number(size: Size) -> int:
