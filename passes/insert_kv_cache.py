@@ -23,6 +23,7 @@ sequence]`` says which are real; the rows of a static one have no padding before
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -36,7 +37,7 @@ from graphopt.errors import GraphError
 from graphopt.execution import run
 from graphopt.ir import DimRange, Graph, Node, TensorType, Value, map_arg
 from graphopt.passes.last_token import LastToken
-from graphopt.passes.position_rows import PositionRows, columns_of
+from graphopt.passes.position_rows import PositionRows
 from graphopt.passes.split_encoder import split_encoder
 from graphopt.passes.tails import ELEMENTWISE, Tails
 from graphopt.pipeline import Context, Pass
@@ -176,11 +177,8 @@ class _Insertion:
     def _data(self) -> set[Value]:
         """Everything that depends on tokens: on an input along the sequence that is not the padding mask."""
         named = Dim.named(self.sequence)
-        found = {value for value in self.graph.inputs.values() if named in value.type.shape} - set(self.masks)
-        for node in self.graph.nodes:
-            if any(operand in found for operand in node.operands):
-                found.update(node.outputs)
-        return found
+        along = {value for value in self.graph.inputs.values() if named in value.type.shape}
+        return _following(self.graph, along - set(self.masks))
 
     def _check(self, node: Node) -> None:
         args = node.args
@@ -279,6 +277,15 @@ class _Insertion:
         return None
 
 
+def _following(graph: Graph, values: Iterable[Value]) -> set[Value]:
+    """These values and everything that depends on them."""
+    found = set(values)
+    for node in graph.nodes:
+        if any(operand in found for operand in node.operands):
+            found.update(node.outputs)
+    return found
+
+
 def _not_causal(node: Node) -> GraphError:
     return GraphError(
         "it is not proven to be causal: a token that comes later would change what earlier ones saw",
@@ -322,7 +329,7 @@ class _Growing(_Insertion):
         own = insert("aten.slice.Tensor", self=counted, dim=1, start=self.tails.start, end=self.tails.total)
         before = insert("aten.sub.Tensor", self=own, other=1)
         return PositionRows(
-            self.tails, insert("aten.clamp.default", self=before, min=0), columns_of(self.graph, self.masks)
+            self.tails, insert("aten.clamp.default", self=before, min=0), _following(self.graph, self.masks)
         )
 
     def _attend(self, node: Node) -> None:

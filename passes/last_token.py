@@ -19,9 +19,8 @@ from graphopt.dims import Dim
 from graphopt.errors import GraphError
 from graphopt.ir import Graph, Node, TensorType, Value, map_arg
 from graphopt.passes.tails import ELEMENTWISE
-from graphopt.runtime.cache import NEW_LENGTHS
+from graphopt.runtime.cache import LOGITS, NEW_LENGTHS
 
-LOGITS = "logits"
 _ORIGIN = ("insert_kv_cache",)
 _TOKENWISE = ELEMENTWISE | {
     f"aten.{name}" for name in ("linear", "silu", "gelu", "relu", "softplus", "rms_norm", "layer_norm", "clone")

@@ -77,14 +77,13 @@ def _groups(graph: Graph) -> list[list[Node]]:
 
 def _are_read_as_one(group: list[Node]) -> bool:
     """Whether they are the queries, keys and values of one cached attention, whose kernels read them packed: nothing splits."""
-    readers = [[user for view in node.output.users for user in view.output.users] for node in group]
-    attention = readers[0][0] if readers[0] else None
+    readers = {user for view in group[0].output.users for out in view.outputs for user in out.users}
+    attention = readers.pop() if len(readers) == 1 else None
     if attention is None or attention.op != "graphopt.cached_attention.default" or not attention.args["heads_last"]:
         return False
-    return readers == [[attention]] * 3 and all(
-        attention.args[part].producer is view and view.op == "aten.reshape.default"
-        for part, node in zip("qkv", group, strict=True)
-        for view in node.output.users
+    views = [attention.args[part].producer for part in "qkv"]
+    return [list(node.output.users) for node in group] == [[view] for view in views] and all(
+        view.op == "aten.reshape.default" and list(view.output.users) == [attention] for view in views
     )
 
 

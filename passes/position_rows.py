@@ -12,7 +12,7 @@ from typing import Any
 
 from graphopt.dims import Size
 from graphopt.errors import GraphError
-from graphopt.ir import Graph, Node, Value, map_arg
+from graphopt.ir import Node, Value, map_arg
 from graphopt.passes.tails import ELEMENTWISE, Tails
 
 _MOVES = frozenset({"aten.arange", "aten.unsqueeze", "aten.transpose", "aten.permute", "aten.embedding", "aten.expand"})
@@ -202,12 +202,3 @@ class PositionRows:
         return self.tails.graph.insert(
             node.op, args, before=self.tails.place, origin=(*node.origin, "insert_kv_cache")
         ).output
-
-
-def columns_of(graph: Graph, masks: list[Value]) -> set[Value]:
-    """Everything that depends on a padding mask: its columns are where tokens lie, not which ones they are."""
-    found = set(masks)
-    for node in graph.nodes:
-        if any(operand in found for operand in node.operands):
-            found.update(node.outputs)
-    return found

@@ -274,3 +274,21 @@ def test_nothing_merged_is_an_error_with_its_reason() -> None:
 @pytest.mark.parametrize("body", [QKV, GATE_UP])
 def test_idempotent(body: str) -> None:
     assert_idempotent(body, ALWAYS)
+
+
+SPLIT_READER = f"""{X}
+    weight %router.weight: f32[6, 8]
+    weight %gate.weight: f32[6, 8]
+    %logits: f32[batch, sequence, 6] = aten.linear.default(input=%x, weight=%router.weight)
+    %top: f32[batch, sequence, 2], %experts: i64[batch, sequence, 2] = aten.topk.default(self=%logits, k=2)
+    %sum: f32[batch, sequence] = aten.sum.dim_IntList(self=%top, dim=[-1])
+    %gate: f32[batch, sequence, 6] = aten.linear.default(input=%x, weight=%gate.weight)
+    output y = %sum
+    output experts = %experts
+    output gate = %gate
+"""
+
+
+def test_a_reader_with_several_outputs_is_no_attention() -> None:
+    applied, _, _ = timed(SPLIT_READER, 1.0, 2.0)
+    assert applied.reasons == ["not faster (1.000 ms apart, 2.000 ms merged)"]

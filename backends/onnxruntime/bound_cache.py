@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.errors import BackendError
 from graphopt.execution import bind_dims
 from graphopt.ir import TensorType
 from graphopt.runtime.cache import NEW_LENGTHS, CacheLayout
@@ -20,12 +22,17 @@ if TYPE_CHECKING:
     from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine
 
 NUMPY = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.int64: "int64",
-    torch.int32: "int32",
-    torch.bool: "bool",
-}
+    torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.int32: np.int32, torch.bool: np.bool_,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """What onnxruntime raises while it runs a model, as BackendError."""
+    try:
+        yield
+    except Exception as error:
+        raise BackendError(f"onnxruntime cannot run the model: {str(error).splitlines()[0]}") from error
 
 
 @dataclass
@@ -50,7 +57,6 @@ class BoundCache(KvCache):
     def __init__(self, engine: OnnxRuntimeEngine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
         self.device = torch.device("cuda" if engine.provider == "cuda" else "cpu")
         super().__init__(engine, layout, batch, {name: t.to(self.device).contiguous() for name, t in once.items()})
-        self.tensors = layout.empty(batch, self.device)
         self._calls: dict[tuple[int, int, int], _Call] = {}
 
     def step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,7 +98,7 @@ class BoundCache(KvCache):
             call.feeds[name].copy_(tensor)
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        with self.engine.running():
+        with running():
             self.engine.session.run_with_iobinding(call.binding)
         call.binding.synchronize_outputs()
         if self.layout.max_length is None:
@@ -157,4 +163,4 @@ def _bind_tensor(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
     assert tensor.is_contiguous()
     pointer = tensor.data_ptr() or _NOTHING.data_ptr()  # an empty tensor lies nowhere
     device = tensor.device.index or 0
-    bind(name, tensor.device.type, device, getattr(np, NUMPY[tensor.dtype]), tuple(tensor.shape), pointer)
+    bind(name, tensor.device.type, device, NUMPY[tensor.dtype], tuple(tensor.shape), pointer)

@@ -15,10 +15,6 @@ from graphopt.ir import Node, Value
 CONTRIB = "com.microsoft"
 
 
-#: GroupQueryAttention's total_sequence_length is the buffers' length, a constant: a number computed on the GPU is read before
-#: it is there (seen in 1.31.1), and the kernels take each row's own length from seqlens_k anyway.
-
-
 def group_query(e: Emitter, node: Node) -> Lowered:
     """Queries, keys and values packed where they are pieces of one product. The kernel's own mask is causal with a window;
     all else is a bias ``[B or 1, H or 1, S, total]``."""
@@ -39,6 +35,8 @@ def group_query(e: Emitter, node: Node) -> Lowered:
         parts = [flat(args["q"], heads), flat(args["k"], kv_heads), flat(args["v"], kv_heads)]
     else:
         parts = [e.reshape(packed, (batch, queries, (heads + 2 * kv_heads) * size)), None, None]
+    # total_sequence_length is the buffers' length, a constant: a number computed on the GPU is read before it is there (seen in
+    # 1.31.1), and the kernels take each row's own length from seqlens_k anyway.
     total = args["k_cache"].type.shape[2]
     rotary = [e.value(args[name]) if args[name] is not None else None for name in ("cos", "sin")]
     result, keys, values = e.op_several(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from graphopt.backend import missing
-from graphopt.backends.onnxruntime.bound_cache import BoundCache
+from graphopt.backends.onnxruntime.bound_cache import BoundCache, running
 from graphopt.errors import BackendError, MissingBackendError
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
@@ -76,15 +75,6 @@ def _refuse_fallback(session: Any, wanted: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def running() -> Iterator[None]:
-    """What onnxruntime raises while it runs a model, as BackendError."""
-    try:
-        yield
-    except Exception as error:
-        raise BackendError(f"onnxruntime cannot run the model: {str(error).splitlines()[0]}") from error
-
-
 class OnnxRuntimeEngine(Engine):
     """A model file in a session. ``threads``: as many as there are cores, unless given."""
 
@@ -92,8 +82,6 @@ class OnnxRuntimeEngine(Engine):
         super().__init__(manifest)
         self.provider = provider
         self.session = make_session(folder / model, provider, threads)
-
-    running = staticmethod(running)
 
     def must_be_apart(self, layout: CacheLayout, feeds: Mapping[str, Any]) -> bool:
         """Whether the rows must run one by one: GroupQueryAttention takes several tokens on top of a past for one row only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch import Tensor
 from graphopt.dims import Dim, Size
 from graphopt.ir import DimRange, Graph, TensorType
 
+LOGITS = "logits"
+"""The output that generation reads, ``[batch, sequence, vocabulary]``, or of last tokens only ``[batch, 1, vocabulary]``."""
+
 PAST_LENGTHS = "past_lengths"
 """The input of a static cache that says how many positions each row has filled, i64 ``[batch]``."""
-
 
 PAST_EVICTED = "past_evicted"
 """The input of a static cache with windows: how many of the first positions buffers of windows have dropped, i64 ``[batch]``."""
@@ -82,24 +85,24 @@ class CacheLayout:
         mask = next((name for name, type in inputs.items() if name not in names and present in type.shape), None)
         return cls(inputs, outputs, names, _name(present - first), _name(first), mask)
 
-    @property
+    @functools.cached_property
     def once(self) -> list[str]:
         """The inputs that a prologue gives, the same in every step."""
         return [name for name in self.inputs if name.startswith(_ONCE)]
 
-    @property
+    @functools.cached_property
     def tokens(self) -> list[str]:
         """The inputs that hold new tokens: an axis of the sequence alone."""
         return [name for name, type in self.inputs.items() if name not in self.names and self.axis_of(type) is not None]
 
-    @property
+    @functools.cached_property
     def results(self) -> list[str]:
         """The outputs that are no cache."""
         return [name for name in self.outputs if name not in self.names.values()]
 
     def is_last(self, name: str) -> bool:
         """Whether an output is of each row's last new token only."""
-        return name == "logits" and self.outputs[name].shape[1:2] == (1,)
+        return name == LOGITS and self.outputs[name].shape[1:2] == (1,)
 
     def axis_of(self, type: TensorType) -> int | None:
         """The axis of new tokens."""
@@ -177,8 +180,7 @@ def _new_tokens(layout: CacheLayout, feeds: Mapping[str, Tensor]) -> int:
 
 def layout_of(graph: Graph) -> CacheLayout | None:
     """The cache of a graph, if it has one."""
-    types = ({name: value.type for name, value in values.items()} for values in (graph.inputs, graph.outputs))
-    inputs, outputs = types
+    inputs, outputs = ({name: value.type for name, value in values.items()} for values in (graph.inputs, graph.outputs))
     return CacheLayout.of(inputs, outputs, graph.dims)
 
 

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import EngineError, InputError
-from graphopt.runtime.cache import NEW_LENGTHS, PAST_LENGTHS
+from graphopt.runtime.cache import LOGITS, NEW_LENGTHS, PAST_LENGTHS
 from graphopt.runtime.engine import Engine
-
-LOGITS = "logits"
 
 
 class Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +39,7 @@ class Engine(ABC):
         torch_in = any(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
         return self.run(tensors, torch_in)
 
-    @property
+    @functools.cached_property
     def layout(self) -> CacheLayout | None:
         """How its cache is laid out, if it has one."""
         return CacheLayout.of(self.inputs, self.outputs, self.dims)

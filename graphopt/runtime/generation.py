@@ -7,6 +7,7 @@ for piece in generator.stream("The capital of France is"):
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -238,7 +239,11 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _end_of(tokenizer: Any) -> list[int]:
     end = getattr(tokenizer, "eos_token_id", None)
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
+    return [] if end is None else _listed(end)
+
+
+def _listed(end: int | Sequence[int]) -> list[int]:
+    return [end] if isinstance(end, int) else list(end)
 
 
 def _check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
@@ -276,11 +281,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 def configured_end(folder: Path) -> list[int] | None:
     """The end tokens that the model's generation config, or else its config, says; None if neither does."""
-    import json
-
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             end = json.loads((folder / name).read_text()).get("eos_token_id")
             if end is not None:
-                return [end] if isinstance(end, int) else list(end)
+                return _listed(end)
     return None

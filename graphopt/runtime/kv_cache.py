@@ -21,9 +21,11 @@ class KvCache:
 
     This one hands every step's outputs to the next one; a backend that can write in place has its own."""
 
+    device = torch.device("cpu")
+
     def __init__(self, engine: Engine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
         self.engine, self.layout, self.batch = engine, layout, batch
-        self.tensors = layout.empty(batch)
+        self.tensors = layout.empty(batch, self.device)
         self.once = dict(once)
         self.evicted = torch.zeros(batch, dtype=torch.int64)
 
