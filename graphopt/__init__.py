@@ -2,6 +2,7 @@
 
 from graphopt.artifact import load
 from graphopt.compiler import Compiled, compile, compile_file, verify
+from graphopt.decode_parity import decode_parity
 from graphopt.errors import GraphoptError
 from graphopt.ir import DimRange, Graph
 from graphopt.models import load_model
@@ -12,6 +13,6 @@ from graphopt.text import parse
 from graphopt.tracing import trace
 
 __all__ = [
-    "Compiled", "DimRange", "Engine", "Graph", "GraphoptError", "Source", "compare", "compile", "compile_file", "load",
-    "load_model", "parse", "trace", "verify",
+    "Compiled", "DimRange", "Engine", "Graph", "GraphoptError", "Source", "compare", "compile", "compile_file",
+    "decode_parity", "load", "load_model", "parse", "trace", "verify",
 ]  # fmt: skip

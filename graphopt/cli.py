@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from graphopt import show
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, InputError
+from graphopt.schemas.report import DecodeParity
 
 app = typer.Typer(
     help="A declared list of passes takes a PyTorch transformer to a deployable engine, every step proven against eager.",
@@ -98,18 +99,27 @@ def verify(
     model: Annotated[
         str, typer.Argument(help="The model to compare with: directory, GGUF, hub id, package.module:factory.")
     ],
+    decode: Annotated[
+        int, typer.Option(help="Generate so many tokens greedily instead, and compare each with eager's.")
+    ] = 0,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt for --decode; may be repeated. Without, random tokens.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare an engine with a model again, on fresh probes. Exit code 1 if the contract is broken."""
     from graphopt.compiler import verify as check
+    from graphopt.decode_parity import verify_decoding
 
+    if prompt and not decode:
+        raise InputError("--prompt is for --decode", hint="add --decode 128")
     with show.progress(err, quiet=as_json) as progress:
         progress("compare", 0.0)
-        parity = check(engine, model)
+        parity = verify_decoding(engine, model, prompt or (), decode) if decode else check(engine, model)
     if as_json:
         print_json(parity.model_dump(mode="json"))
     else:
-        out.print(show.probes_table(parity))
+        out.print(show.decoding_table(parity) if isinstance(parity, DecodeParity) else show.probes_table(parity))
     if not parity.holds:
         raise typer.Exit(1)
 

@@ -306,16 +306,16 @@ def _manifest(
     )
 
 
+def source_of(model: str | Source | nn.Module) -> Source:
+    """A model's Source, from its name or a transformers module."""
+    if isinstance(model, Source):
+        return model
+    return load_model(model) if isinstance(model, str) else transformers_source(model)
+
+
 def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     """Compare an engine directory with a model again, on fresh probes. ParityError if it breaks its contract."""
-    engine = artifact.load(folder)
-    source = (
-        model
-        if isinstance(model, Source)
-        else load_model(model)
-        if isinstance(model, str)
-        else transformers_source(model)
-    )
+    engine, source = artifact.load(folder), source_of(model)
     layout = engine.layout
     mask = engine.manifest.mask if layout is None else source.mask
     dims = {name: bounds for name, bounds in engine.dims.items() if name in source.traced}

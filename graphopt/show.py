@@ -24,7 +24,7 @@ from graphopt.ir import Graph
 from graphopt.pipeline import Pass, load_passes, run_passes
 from graphopt.runtime.generation import Timing
 from graphopt.schemas.pipeline import HIGHER_IS_BETTER
-from graphopt.schemas.report import AttentionReport, BuildReport, StageParity
+from graphopt.schemas.report import AttentionReport, BuildReport, DecodeParity, StageParity
 from graphopt.text import parse
 
 __all__ = ["escape"]
@@ -130,6 +130,17 @@ def probes_table(parity: StageParity) -> RenderableType:
     sign = ">=" if parity.metric in HIGHER_IS_BETTER else "<="
     verdict = "[green]holds[/]" if parity.holds else "[bold red]broken[/]"
     return Group(table, f"{verdict}: {parity.metric} {parity.worst:.3g} (must be {sign} {parity.limit:.3g})")
+
+
+def decoding_table(parity: DecodeParity) -> RenderableType:
+    """Each prompt's tokens against eager's, and how far the logits drift."""
+    table = _table("greedy tokens against eager", "prompt tokens", "new", "equal", "first difference", numbers=3)
+    for row in parity.rows:
+        table.add_row(str(row.prompt_tokens), str(row.tokens), str(row.equal), str(row.first_difference or "-"))
+    middle = parity.drift[len(parity.drift) // 2]
+    drift = f"logits differ by {parity.drift[0]:.1e} at first, {middle:.1e} half way, {max(parity.drift):.1e} at most"
+    verdict = "[green]holds[/]" if parity.holds else "[bold red]broken[/]"
+    return Group(table, f"{drift} (largest logit {parity.scale:.3g})", f"{verdict}: {parity.agreement:.2%} are eager's")
 
 
 def read_graph(what: str) -> Graph:

@@ -8,11 +8,14 @@
         engine = graphopt.load("engine")
         parity(model, engine, inputs, max_abs=1e-4)            # the fixture: also writes a summary at the end
         assert_parity(model(**inputs), engine(**inputs))       # the plain function
+
+    def test_generation():
+        assert_decodes(model, graphopt.load("decoder"), [[1, 2, 3], [4]], steps=128)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +24,12 @@ import pytest
 import torch
 from torch import nn
 
+from graphopt.decode_parity import decode_parity
 from graphopt.eager import eager, path_name
 from graphopt.errors import ParityError
 from graphopt.parity import compare
-from graphopt.schemas.report import OutputParity
+from graphopt.runtime.engine import Engine
+from graphopt.schemas.report import DecodeParity, OutputParity
 
 
 def assert_parity(
@@ -51,6 +56,35 @@ def assert_parity(
     problems = [
         problem for name, parity in found.items() for problem in _problems(name, parity, max_abs, relative, cosine)
     ]
+    if problems:
+        raise AssertionError("no parity:\n  " + "\n  ".join(problems))
+    return found
+
+
+def assert_decodes(
+    model: nn.Module,
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    source: Mapping[str, Sequence[torch.Tensor]] | None = None,
+    steps: int = 128,
+    chunk: int | None = None,
+    agreement: float = 1.0,
+    drift: float | None = None,
+) -> DecodeParity:
+    """Fail unless an engine with a cache, all ``prompts`` in one batch, generates eager's greedy tokens.
+
+    The arguments are those of :func:`graphopt.decode_parity.decode_parity`. ``agreement``: the share of tokens that must be
+    eager's; ``drift``: how far logits may be, relative to the largest. AssertionError names the first tokens that differ."""
+    found = decode_parity(model, engine, prompts, source=source, steps=steps, chunk=chunk)
+    problems = []
+    if found.agreement < agreement:
+        problems.append(f"{found.agreement:.2%} of the tokens are eager's, must be {agreement:.2%}")
+        problems += [
+            f"row {index}: {row.first_difference}" for index, row in enumerate(found.rows) if row.first_difference
+        ]
+    if drift is not None and not found.worst_drift <= drift:
+        problems.append(f"logits differ by {found.worst_drift:.3g} of their scale, limit {drift:.3g}")
     if problems:
         raise AssertionError("no parity:\n  " + "\n  ".join(problems))
     return found

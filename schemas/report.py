@@ -40,6 +40,50 @@ class StageParity(Schema):
         return max((o.max_abs for p in self.probes for o in p.outputs.values()), default=0.0)
 
 
+class DecodeDifference(Schema):
+    """The first token of a row that is not eager's. ``margin``: how much eager's logit of its own token is larger."""
+
+    step: int
+    eager: int
+    engine: int
+    margin: float
+
+    def __str__(self) -> str:
+        return f"step {self.step}: token {self.engine}, eager prefers {self.eager} by {self.margin:.3g}"
+
+
+class DecodeRow(Schema):
+    """One prompt's greedy tokens: how many there are, and how many of them eager takes after the same text."""
+
+    prompt_tokens: int
+    tokens: int
+    equal: int
+    first_difference: DecodeDifference | None = None
+
+
+class DecodeParity(Schema):
+    """A batch that an engine generated, against eager. ``drift``: at each step the largest absolute difference of logits of
+    any row; ``scale``: eager's largest logit."""
+
+    rows: list[DecodeRow]
+    drift: list[float]
+    scale: float
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens that are eager's."""
+        return sum(row.equal for row in self.rows) / sum(row.tokens for row in self.rows)
+
+    @property
+    def holds(self) -> bool:
+        return self.agreement == 1.0
+
+    @property
+    def worst_drift(self) -> float:
+        """The largest difference of logits on the way, relative to the largest logit."""
+        return max(self.drift) / self.scale if self.scale else max(self.drift)
+
+
 class RefusalReport(Schema):
     rule: str
     where: str

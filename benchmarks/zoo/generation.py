@@ -20,19 +20,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 import graphopt
 from benchmarks.measure import Goal, Results, Table, quiet, summary_table
 from benchmarks.zoo.catalog import ANIMALS, Animal
 from benchmarks.zoo.small import source as small_source
+from graphopt.decode_parity import decode_parity, sample_prompts
 from graphopt.errors import GraphoptError
-from graphopt.runtime import Decoder
 from graphopt.sources import Source
 
 STEPS = 16
 PROMPTS = 5, 8, 2  # tokens of each row; of an encoder's text
-STARTS = 1, 1, 1  # tokens that a decoder begins with beside an encoder
 LAYOUTS: dict[str, dict[str, Any]] = {
     "growing": {"layout": "growing", "logits": "last"},
     "static": {"layout": "static", "max_length": 24, "logits": "last"},
@@ -105,54 +103,10 @@ def measure(animal: Animal, layout: str) -> Row:
 
 
 def _generate(row: Row, engine: graphopt.Engine, source: Source) -> None:
-    """Greedy steps of all rows together; after each, eager's own logits for the same texts."""
-    reads, texts = _prompts(source, has_encoder=engine.prologue is not None)
-    decoder = Decoder(engine, len(texts), _batched(reads))
-    logits = decoder.feed(texts).clone()
-    for _ in range(STEPS):
-        for index, text in enumerate(texts):
-            expected = _eager(source, text, reads, index)
-            row.drift = max(row.drift, float((logits[index] - expected).abs().max() / expected.abs().max()))
-            row.equal += int(logits[index].argmax() == expected.argmax())
-            text.append(int(expected.argmax()))
-        logits = decoder.feed([text[-1:] for text in texts]).clone()
-
-
-def _prompts(source: Source, has_encoder: bool) -> tuple[dict[str, list[Tensor]], list[list[int]]]:
-    """What the encoder reads, by input and row, and the tokens that each row begins with."""
-    generator = torch.Generator().manual_seed(3)
-
-    def tokens(name: str, counts: Sequence[int]) -> list[Tensor]:
-        return [torch.randint(3, source.vocabulary[name], (count,), generator=generator) for count in counts]
-
-    if not has_encoder:
-        return {}, [text.tolist() for text in tokens("input_ids", PROMPTS)]
-    if "input_ids" in source.inputs:
-        reads = {"input_ids": tokens("input_ids", PROMPTS)}
-    else:
-        features = source.tensors["input_features"]
-        noise = torch.randn((len(STARTS), *features.shape[1:]), generator=generator)
-        reads = {"input_features": list(noise)}
-    return reads, [text.tolist() for text in tokens("decoder_input_ids", STARTS)]
-
-
-def _batched(reads: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """The encoder's input as one batch, texts padded behind."""
-    found = {name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for name, rows in reads.items()}
-    if "input_ids" in reads:
-        masks = [torch.ones_like(row) for row in reads["input_ids"]]
-        found["attention_mask"] = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
-    return found
-
-
-def _eager(source: Source, text: list[int], reads: dict[str, list[Tensor]], row: int) -> Tensor:
-    """Eager's logits for the next token of a row by itself."""
-    tokens = torch.tensor([text])
-    inputs = {name: rows[row][None] for name, rows in reads.items()}
-    given = {**inputs, "decoder_input_ids": tokens} if inputs else {"input_ids": tokens}
-    with torch.no_grad():
-        logits: Tensor = source.module(**given).logits[0, -1]
-    return logits
+    prompts, reads = sample_prompts(source, engine, PROMPTS)
+    parity = decode_parity(source.module, engine, prompts, source=reads, steps=STEPS)
+    row.equal = sum(each.equal for each in parity.rows)
+    row.drift = parity.worst_drift
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

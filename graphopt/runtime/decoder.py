@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphopt.errors import EngineError, InputError
 from graphopt.runtime.cache import LOGITS, NEW_LENGTHS, PAST_LENGTHS
+from graphopt.runtime.encoding import read_source
 from graphopt.runtime.engine import Engine
 
 
@@ -127,22 +128,6 @@ def kept(tensor: Tensor) -> Tensor:
     cost a third of a step on two cores."""
     is_plain = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float16)
     return torch.from_numpy(tensor.numpy().copy()) if is_plain else tensor.clone()
-
-
-def read_source(engine: Engine, batch: int, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the encoder makes of a source, and what the decoder reads of it itself. InputError if it does not fit."""
-    if engine.prologue is None:
-        if source:
-            raise InputError(f"the engine has no encoder that would read {', '.join(source)}")
-        return {}
-    wanted = set(engine.prologue.inputs)
-    if missing := wanted - source.keys():
-        raise InputError(f"the encoder needs {', '.join(sorted(missing))}")
-    rows = next(iter(source.values())).shape[0]
-    if rows != batch:
-        raise InputError(f"the source has {rows} rows, the batch {batch}")
-    made = engine.prologue(**{name: source[name] for name in engine.prologue.inputs})
-    return {name: tensor for name, tensor in {**source, **made}.items() if name in engine.inputs}
 
 
 def vocabulary_of(engine: Engine) -> int:

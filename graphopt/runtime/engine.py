@@ -44,13 +44,18 @@ class Engine(ABC):
         """How its cache is laid out, if it has one."""
         return CacheLayout.of(self.inputs, self.outputs, self.dims)
 
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """How its cache is laid out. EngineError if it has none."""
+        if self.layout is None:
+            raise EngineError("the engine has no cache", hint="compile with the pass insert_kv_cache")
+        return self.layout
+
     def new_cache(self, batch: int, once: Mapping[str, torch.Tensor] | None = None) -> KvCache:
         """An empty cache for ``batch`` texts; ``once`` are the inputs that stay the same in every step, an encoder's results.
 
         EngineError if the engine has no cache, InputError if the batch is out of range."""
-        layout = self.layout
-        if layout is None:
-            raise EngineError("the engine has no cache", hint="compile with the pass insert_kv_cache")
+        layout = self.cache_layout
         for size in {type.shape[0] for name, type in self.inputs.items() if name in layout.names}:
             if isinstance(size, Dim) and size.name is not None and batch not in self.dims[size.name]:
                 raise InputError(

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from graphopt.errors import EngineError, InputError
 from graphopt.runtime.decoder import Decoder, longest_text, vocabulary_of
 from graphopt.runtime.detokenize import TextStream
+from graphopt.runtime.encoding import TOKENS, batched
 from graphopt.runtime.engine import Engine
 from graphopt.runtime.sampling import Sampler, Sampling
 
@@ -70,6 +73,7 @@ class Timing:
 @dataclass
 class _Row:
     tokens: list[int]
+    prompt_tokens: int
     stream: TextStream | None
     new: list[int] = field(default_factory=list)
     finish: Finish | None = None
@@ -78,6 +82,10 @@ class _Row:
 class Generator:
     """Generates with an engine and a tokenizer. Without a tokenizer prompts are tokens, and there is no text.
 
+    The prompts of an encoder-decoder are what its encoder reads, and every text begins with ``start``; if the encoder reads
+    something else, it is given as ``source``, and prompts are what the texts begin with.
+
+    ``start``: the tokens that a decoder beside an encoder begins with, by default the one that the model's config says.
     ``end``: the tokens that end a text; by default those of the model's generation config, or the tokenizer's.
     ``prefill_chunk``: prompts are read so many tokens at a time, which bounds the memory that a long one takes."""
 
@@ -86,15 +94,14 @@ class Generator:
         engine: Engine,
         tokenizer: Any = None,
         *,
+        start: Sequence[int] = (),
         end: Sequence[int] | None = None,
         prefill_chunk: int | None = None,
     ) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
-        if engine.layout is None:
-            raise EngineError("the engine has no cache", hint="compile with the pass insert_kv_cache")
+        self.engine, self.tokenizer, self.layout = engine, tokenizer, engine.cache_layout
         if prefill_chunk is not None and prefill_chunk < 1:
             raise InputError(f"prefill_chunk is {prefill_chunk}, must be 1 or more")
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk, self.start = prefill_chunk, list(start)
         self.vocabulary = vocabulary_of(engine)
         self.end = frozenset(_end_of(tokenizer) if end is None else end)
         self.timing = Timing()
@@ -108,7 +115,8 @@ class Generator:
 
         engine = artifact.load(folder, **options)
         tokenizer = load_tokenizer(Path(folder))
-        return cls(engine, tokenizer, end=configured_end(Path(folder)), prefill_chunk=prefill_chunk)
+        start, end = (configured(Path(folder), key) for key in ("decoder_start_token_id", "eos_token_id"))
+        return cls(engine, tokenizer, start=start or (), end=end, prefill_chunk=prefill_chunk)
 
     def generate(
         self,
@@ -116,19 +124,20 @@ class Generator:
         *,
         max_new_tokens: int = 128,
         stop: str | Sequence[str] = (),
+        source: Mapping[str, Tensor] | None = None,
         **sampling: Any,
     ) -> list[Generation]:
-        """A generation for each prompt. ``sampling``: the fields of :class:`Sampling`; none is greedy.
+        """A generation for each prompt. ``sampling``: the fields of :class:`Sampling`; none is greedy. ``source``: what an
+        encoder reads that reads no text, by the names of its inputs, a row for each prompt.
 
         InputError for a prompt that is empty or longer than the cache, a batch that the engine was not built for, or a bad
         option; the generator stays usable."""
-        rows, sampler = self._begin(prompts, max_new_tokens, stop, sampling)
-        lengths = [len(row.tokens) for row in rows]
-        for _ in self._run(rows, sampler, max_new_tokens):
+        rows, sampler, read = self._begin(prompts, max_new_tokens, stop, source, sampling)
+        for _ in self._run(rows, sampler, max_new_tokens, read):
             pass
         return [
-            Generation(row.new, row.stream.text if row.stream else "", row.finish or "length", length)
-            for row, length in zip(rows, lengths, strict=True)
+            Generation(row.new, row.stream.text if row.stream else "", row.finish or "length", row.prompt_tokens)
+            for row in rows
         ]
 
     def stream(
@@ -137,19 +146,21 @@ class Generator:
         *,
         max_new_tokens: int = 128,
         stop: str | Sequence[str] = (),
+        source: Mapping[str, Tensor] | None = None,
         **sampling: Any,
     ) -> Iterator[Piece]:
         """The same, token by token as they come."""
-        rows, sampler = self._begin(prompts, max_new_tokens, stop, sampling)
-        return self._run(rows, sampler, max_new_tokens)
+        rows, sampler, read = self._begin(prompts, max_new_tokens, stop, source, sampling)
+        return self._run(rows, sampler, max_new_tokens, read)
 
     def _begin(
         self,
         prompts: Prompt | Sequence[Prompt],
         max_new_tokens: int,
         stop: str | Sequence[str],
+        source: Mapping[str, Tensor] | None,
         sampling: dict[str, Any],
-    ) -> tuple[list[_Row], Sampler]:
+    ) -> tuple[list[_Row], Sampler, Mapping[str, Tensor] | None]:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -166,8 +177,23 @@ class Generator:
                 hint=f"options: {', '.join(Sampling.model_fields)}",
             ) from error
         texts = [self._tokens(prompt, index) for index, prompt in enumerate(_several(prompts))]
+        lengths = [len(text) for text in texts]
+        if self.engine.prologue is not None and source is None:
+            source, texts = self._read_by_encoder(texts)
+        for index, text in enumerate(texts):
+            self._check_fits(text, index)
         streams = [None if self.tokenizer is None else TextStream(self.tokenizer, stops) for _ in texts]
-        return [_Row(text, own) for text, own in zip(texts, streams, strict=True)], sampler
+        return [_Row(*each) for each in zip(texts, lengths, streams, strict=True)], sampler, source
+
+    def _read_by_encoder(self, texts: list[list[int]]) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """The prompts for the encoder, and what the decoder's texts begin with."""
+        assert self.engine.prologue is not None
+        if TOKENS not in self.engine.prologue.inputs:
+            wanted = ", ".join(self.engine.prologue.inputs)
+            raise InputError(f"the encoder reads {wanted}, no text", hint="give that as source={...}")
+        if not self.start:
+            raise InputError("nothing says what the decoder begins with", hint="give the Generator start=[...]")
+        return batched({TOKENS: [torch.tensor(text) for text in texts]}), [list(self.start) for _ in texts]
 
     def _tokens(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
@@ -181,18 +207,22 @@ class Generator:
         odd = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
         if odd is not None:
             raise InputError(f"prompt {index} has the token {odd}, the model has tokens 0 to {self.vocabulary - 1}")
+        return tokens
+
+    def _check_fits(self, tokens: list[int], index: int) -> None:
         longest = longest_text(self.engine)
         if longest is not None and len(tokens) > longest:
             raise InputError(
                 f"prompt {index} has {len(tokens)} tokens, the cache holds {longest}",
                 hint="compile with a longer max_length, or give a shorter prompt",
             )
-        return tokens
 
-    def _run(self, rows: list[_Row], sampler: Sampler, max_new_tokens: int) -> Iterator[Piece]:
-        decoder = Decoder(self.engine, len(rows))
-        self.timing = Timing(prompt_tokens=sum(len(row.tokens) for row in rows))
+    def _run(
+        self, rows: list[_Row], sampler: Sampler, max_new_tokens: int, source: Mapping[str, Tensor] | None
+    ) -> Iterator[Piece]:
+        self.timing = Timing(prompt_tokens=sum(row.prompt_tokens for row in rows))
         clock = time.perf_counter()
+        decoder = Decoder(self.engine, len(rows), source)
         logits = decoder.feed([row.tokens for row in rows], chunk=self.prefill_chunk)
         self.timing.prefill = time.perf_counter() - clock
         while True:
@@ -279,11 +309,11 @@ def load_tokenizer(folder: Path) -> Any:
         raise EngineError(f"the tokenizer cannot be read: {first[0]}", where=str(folder)) from error
 
 
-def configured_end(folder: Path) -> list[int] | None:
-    """The end tokens that the model's generation config, or else its config, says; None if neither does."""
+def configured(folder: Path, key: str) -> list[int] | None:
+    """The tokens that the model's generation config, or else its config, names so; None if neither does."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            end = json.loads((folder / name).read_text()).get("eos_token_id")
-            if end is not None:
-                return _listed(end)
+            tokens = json.loads((folder / name).read_text()).get(key)
+            if tokens is not None:
+                return _listed(tokens)
     return None
