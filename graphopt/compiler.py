@@ -152,9 +152,11 @@ def _compile(
             proof = make_proof(build.source, graph)
         traced, traced_ops = _check_trace(build, graph, proof), graph.op_counts()
         with build.part("passes"):
+            announcer = _Announcer(build)
+            context = Context(build.backend.stopwatch(graph), source, announcer.inside)
             reports = run_passes(
-                graph, build.steps, context=Context(build.backend.stopwatch(graph)), proof=proof,
-                override=build.parity, force=build.force, instruments=[*instruments, _Announcer(build)],
+                graph, build.steps, context=context, proof=proof,
+                override=build.parity, force=build.force, instruments=[*instruments, announcer],
             )  # fmt: skip
         with build.part("build"):
             built = build.backend.build(graph, folder, build.progress)
@@ -192,10 +194,15 @@ class _Announcer:
     """Tells the progress which pass is running."""
 
     def __init__(self, build: _Build) -> None:
-        self.build, self.done = build, 0
+        self.build, self.done, self.kind = build, 0, ""
 
     def before(self, step: Pass, graph: Graph) -> None:
-        self.build.progress(f"pass {step.kind}", self.done / max(len(self.build.steps), 1))
+        self.kind = step.kind
+        self.inside(0.0)
+
+    def inside(self, done: float) -> None:
+        """How much of the pass that is running is done."""
+        self.build.progress(f"pass {self.kind}", (self.done + done) / max(len(self.build.steps), 1))
 
     def after(self, step: Pass, graph: Graph, report: PassReport) -> None:
         self.done += 1

@@ -43,6 +43,10 @@ class PassError(GraphoptError):
     """A pass that cannot do what it was asked to do on this graph."""
 
 
+class CalibrationError(PassError):
+    """Calibration data that cannot be used, or values that have no range."""
+
+
 class NoMatchError(PassError):
     """A pass that changed nothing, where that was not allowed."""
 

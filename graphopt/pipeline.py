@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Protocol
 
 import networkx as nx
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
-from graphopt.errors import NoMatchError, ParityError, PipelineError, nearest
+from graphopt.calibration import Tapped, calibrate
+from graphopt.errors import CalibrationError, NoMatchError, ParityError, PipelineError, nearest
 from graphopt.execution import run
 from graphopt.ir import Graph
 from graphopt.parity import Contract, Difference, Outputs, Probe, bisect, judge
@@ -21,8 +23,10 @@ from graphopt.plugins import plugins
 from graphopt.rewrite import RewriteLog, Rule, apply_rules
 from graphopt.runtime.cache import CacheLayout, Call, as_if_uncached, last_step, layout_of
 from graphopt.runtime.engine import Engine
+from graphopt.schemas.calibration import Calibration
 from graphopt.schemas.pipeline import Budget, Exact
 from graphopt.schemas.report import PassReport, RefusalReport, StageParity
+from graphopt.sources import Source
 
 PASSES = "graphopt.passes"  # the entry point group
 
@@ -36,10 +40,19 @@ class Stopwatch(Protocol):
 
 @dataclass
 class Context:
-    """What a pass may ask beyond its graph. ``stopwatch`` is None where nothing can be timed (``tactics: fixed``)."""
+    """What a pass may ask beyond its graph. ``stopwatch`` is None where nothing can be timed (``tactics: fixed``); ``source``
+    is the model, for calibration; ``progress`` is told how much of a long pass is done."""
 
     stopwatch: Stopwatch | None = None
+    source: Source | None = None
+    progress: Callable[[float], None] = lambda done: None
     notes: list[str] = field(default_factory=list)
+
+    def calibrate(self, graph: Graph, config: Calibration, taps: Iterable[Tapped]) -> dict[str, Tensor]:
+        """The magnitude up to which each tapped value is to be kept: see :func:`graphopt.calibration.calibrate`."""
+        if self.source is None:
+            raise CalibrationError("there is no model whose inputs the data could be", hint="give the Context a source")
+        return calibrate(graph, self.source, config, taps, self.progress)
 
 
 class Pass(BaseModel):

@@ -48,6 +48,10 @@ class FuseCachedAttention(Rule):
         values = op.graphopt.kv_cache_update(past_v, v, starts)
         return op.graphopt.attention(q, keys, values, ...), keys, values
 
+    def scales(self, m: Match) -> dict[str, Value]:
+        """What int8 caches are scaled by."""
+        return {}
+
     def rewrite(self, op: Build, m: Match) -> tuple[Value, ...]:
         args = m.node.args
         require(
@@ -63,12 +67,55 @@ class FuseCachedAttention(Rule):
         rotary = _rotary(m)
         if rotary is not None:
             parts |= {"q": rotary.q, "k": rotary.k, "cos": rotary.cos, "sin": rotary.sin}
+        parts |= self.scales(m)
         kept = {name: args[name] for name in _KEPT} | {"interleaved": rotary is not None and rotary.interleaved}
         turned = {name: _turned(parts[name]) for name in ("q", "k", "v")}
         if any(value is None for value in turned.values()):
             return tuple(op.graphopt.cached_attention(**parts, **kept))
         result, keys, values = op.graphopt.cached_attention(**(parts | turned), **kept, heads_last=True)
         return op.transpose.int(result, 1, 2), keys, values
+
+
+class FuseInt8CachedAttention(FuseCachedAttention):
+    """attention(q, dequantize(update(quantize(k))), dequantize(update(quantize(v))))  ->  cached_attention(q, k, v, scales)"""
+
+    def pattern(  # type: ignore[override]  # with scales
+        self,
+        op: Ops,
+        q: TensorHole,
+        k: TensorHole,
+        v: TensorHole,
+        past_k: TensorHole,
+        past_v: TensorHole,
+        starts: TensorHole,
+        k_scale: TensorHole,
+        v_scale: TensorHole,
+    ) -> Any:
+        keys = op.graphopt.kv_cache_update(past_k, op.graphopt.quantize(k, k_scale), starts)
+        values = op.graphopt.kv_cache_update(past_v, op.graphopt.quantize(v, v_scale), starts)
+        read = op.graphopt.dequantize(keys, k_scale), op.graphopt.dequantize(values, v_scale)
+        return op.graphopt.attention(q, *read, ...), keys, values
+
+    def scales(self, m: Match) -> dict[str, Value]:
+        return {"k_scale": m.k_scale, "v_scale": m.v_scale}
+
+
+class FuseHalfCachedAttention(FuseCachedAttention):
+    """attention(q, to(update(to(k))), to(update(to(v))))  ->  cached_attention(q, k, v), caches in the inner dtype"""
+
+    def pattern(
+        self,
+        op: Ops,
+        q: TensorHole,
+        k: TensorHole,
+        v: TensorHole,
+        past_k: TensorHole,
+        past_v: TensorHole,
+        starts: TensorHole,
+    ) -> Any:
+        keys = op.graphopt.kv_cache_update(past_k, op.to.dtype(k, ...), starts)
+        values = op.graphopt.kv_cache_update(past_v, op.to.dtype(v, ...), starts)
+        return op.graphopt.attention(q, op.to.dtype(keys, ...), op.to.dtype(values, ...), ...), keys, values
 
 
 def _turned(value: Value) -> Value | None:
@@ -136,4 +183,4 @@ class FuseCachedAttentions(RulePass):
     requires: ClassVar[frozenset[str]] = frozenset({"cache"})
 
     def rules(self) -> list[Rule]:
-        return [FuseCachedAttention(), MergePermutations()]
+        return [FuseCachedAttention(), FuseInt8CachedAttention(), FuseHalfCachedAttention(), MergePermutations()]

@@ -36,6 +36,8 @@ from graphopt.dims import Dim, Size, names_of
 from graphopt.errors import GraphError
 from graphopt.execution import run
 from graphopt.ir import DimRange, Graph, Node, TensorType, Value, map_arg
+from graphopt.parity import Contract
+from graphopt.passes.cache_dtype import DTYPES, Kept, calibrated
 from graphopt.passes.last_token import LastToken
 from graphopt.passes.position_rows import PositionRows
 from graphopt.passes.split_encoder import split_encoder
@@ -43,6 +45,8 @@ from graphopt.passes.tails import ELEMENTWISE, Tails
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import RewriteLog
 from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, past_name, present_name, window_length
+from graphopt.schemas.calibration import Calibration
+from graphopt.schemas.pipeline import Budget, Exact
 
 _ORIGIN = ("insert_kv_cache",)
 #: Ops whose result at a position depends on other positions.
@@ -65,6 +69,14 @@ class InsertKvCache(Pass):
     """Let layers with a proven sliding window keep only that much, in buffers that do not grow with the text; static only."""
     past: str = "past"
     """The name of the past's length in a growing cache."""
+    dtype: Literal["fp32", "fp16", "int8"] | None = None
+    """What the cache holds, by default what the model computes in; int8 is scaled by what calibration finds."""
+    scales: Literal["head", "channel"] = "channel"
+    """A scale for each head, or for each feature of each head; int8 only."""
+    calibration: Calibration | None = None
+    """What int8 is scaled by."""
+    budget: Budget | None = None
+    """How far a cache of fewer bits may take the outputs, by default relative 0.01 for fp16 and cosine 0.99 for int8."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"attention"})
     provides: ClassVar[frozenset[str]] = frozenset({"cache"})
@@ -77,14 +89,30 @@ class InsertKvCache(Pass):
             raise ValueError("max_length is for layout: static; a growing cache has no length of its own")
         if self.layout == "growing" and self.window:
             raise ValueError("window is for layout: static; a growing cache keeps everything")
+        if (self.dtype == "int8") != (self.calibration is not None):
+            raise ValueError("dtype: int8 and calibration: {data: ...} need each other")
+        if self.dtype != "int8" and "scales" in self.model_fields_set:
+            raise ValueError("scales is for dtype: int8")
         return self
+
+    def contract(self) -> Contract:
+        defaults: dict[str | None, Contract] = {
+            "fp16": Budget(metric="relative", limit=0.01), "int8": Budget(metric="cosine", limit=0.99),
+        }  # fmt: skip
+        return self.budget or defaults.get(self.dtype, Exact())
 
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
+        dtype = DTYPES[self.dtype] if self.dtype is not None and self.dtype != "int8" else None
+        kept = (
+            Kept(graph, dtype)
+            if self.calibration is None
+            else calibrated(graph, context, self.calibration, self.scales)
+        )
         insertion = (
-            _Growing(graph, self.past)
+            _Growing(graph, kept, self.past)
             if self.max_length is None
-            else _Static(graph, self.max_length, has_windows=self.window)
+            else _Static(graph, kept, self.max_length, has_windows=self.window)
         )
         log.matches["attention"] = insertion.run()
         if self.window:
@@ -101,6 +129,7 @@ class _Insertion:
     """What both layouts share."""
 
     graph: Graph
+    kept: Kept
 
     def run(self) -> int:
         graph = self.graph
@@ -240,7 +269,8 @@ class _Insertion:
         pasts = []
         for name, part in (("k", "key"), ("v", "value")):
             batch, heads, _, size = node.args[name].type.shape
-            type = TensorType(node.args[name].type.dtype, (batch, heads, positions, size))
+            dtype = self.kept.dtype_of(node.args[name])
+            type = TensorType(dtype, (batch, heads, positions, size))
             pasts.append(self.graph.add_input(past_name(index, part), type))
         return pasts[0], pasts[1]
 
@@ -249,7 +279,8 @@ class _Insertion:
         joined = {}
         for name, part, each in zip(("k", "v"), ("key", "value"), args, strict=True):
             both = self.graph.insert(op, each, before=node, origin=(*node.origin, *_ORIGIN)).output
-            joined[name] = self.graph.outputs[present_name(index, part)] = both
+            self.graph.outputs[present_name(index, part)] = both
+            joined[name] = self.kept.read(both, node.args[name], node)
         self.graph.set_args(node, joined)
 
     def _swap_masks(self) -> None:
@@ -343,7 +374,8 @@ class _Growing(_Insertion):
 
     def _keep(self, node: Node, index: int) -> None:
         pasts = self._past(node, index, Dim.named(self.past))
-        cats = tuple({"tensors": (past, node.args[name]), "dim": 2} for past, name in zip(pasts, "kv", strict=True))
+        new = [self.kept.stored(node.args[name], node) for name in "kv"]
+        cats = tuple({"tensors": both, "dim": 2} for both in zip(pasts, new, strict=True))
         self._present(node, index, "aten.cat.default", (cats[0], cats[1]))
         self.graph.set_args(node, {"causal": "lower_right"})
 
@@ -459,8 +491,8 @@ class _Static(_Insertion):
     def _keep(self, node: Node, index: int) -> None:
         length = self.max_length if self.window is None or not self._has_window(node) else window_length(self.window)
         pasts = self._past(node, index, length)
-        keys, values = (
-            {"cache": past, "new": node.args[name], "starts": self._starts_of(node)}
+        args: list[dict[str, object]] = [
+            {"cache": past, "new": self.kept.stored(node.args[name], node), "starts": self._starts_of(node)}
             for past, name in zip(pasts, "kv", strict=True)
-        )
-        self._present(node, index, "graphopt.kv_cache_update.default", (keys, values))
+        ]
+        self._present(node, index, "graphopt.kv_cache_update.default", (args[0], args[1]))

@@ -15,6 +15,9 @@ from graphopt.ops import SHAPES
 OPS = torch.ops.graphopt  # registered by the import above
 LENGTH = 9  # of the buffers
 
+#: Tensors that a cached attention may do without.
+NOTHING = {"cos": None, "sin": None, "k_scale": None, "v_scale": None}
+
 
 def written(cache: Tensor, new: Tensor, starts: Tensor) -> Tensor:
     """One vector after another, those behind the end left out."""
@@ -376,7 +379,7 @@ def test_gradients_of_cached_attention() -> None:
 )
 def test_cached_attention_of_other_shapes_is_refused(change: dict[str, tuple[int, ...]], reason: str) -> None:
     parts = parts_of(2, 3) | {name: torch.empty(shape) for name, shape in change.items()}
-    args = parts | {"starts": torch.zeros(2, dtype=torch.int64), "heads_last": False, "cos": None, "sin": None}
+    args = parts | {"starts": torch.zeros(2, dtype=torch.int64), "heads_last": False, **NOTHING}
     with pytest.raises(ValueError, match=reason):
         SHAPES["graphopt.cached_attention.default"](args)
 
@@ -386,7 +389,7 @@ def test_shapes_are_those_of_the_body(heads_last: bool) -> None:
     starts = torch.zeros(2, dtype=torch.int64)
     parts = parts_of(2, 3, value_size=5)
     turned = {name: t.transpose(1, 2) if heads_last and name in "qkv" else t for name, t in parts.items()}
-    args = turned | {"starts": starts, "heads_last": heads_last, "cos": None, "sin": None}
+    args = turned | {"starts": starts, "heads_last": heads_last, **NOTHING}
     shapes = SHAPES["graphopt.cached_attention.default"](args)
     results = OPS.cached_attention(**turned, starts=starts, scale=1.0, heads_last=heads_last)
     assert [tensor.shape for tensor in shapes] == [tensor.shape for tensor in results]
@@ -396,6 +399,6 @@ def test_shapes_are_those_of_the_body(heads_last: bool) -> None:
 def test_tables_that_do_not_fit_are_refused(tables: dict[str, tuple[int, ...]]) -> None:
     """One without the other, of unlike shapes, of more features than a head has."""
     args: dict[str, Any] = parts_of(2, 3) | {"starts": torch.zeros(2, dtype=torch.int64), "heads_last": False}
-    args |= {"cos": None, "sin": None} | {name: torch.empty(shape) for name, shape in tables.items()}
+    args |= NOTHING | {name: torch.empty(shape) for name, shape in tables.items()}
     with pytest.raises(ValueError, match="cos"):
         SHAPES["graphopt.cached_attention.default"](args)

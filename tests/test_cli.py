@@ -182,9 +182,12 @@ def test_bad_files(place: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupt_leaves_nothing(place: Path) -> None:
-    command = [str(Path(sys.executable).parent / "graphopt"), "compile", write(place, "stop.yaml", {}), "-o", "stopped"]
-    for seconds in (4.0, 6.0):
-        process = subprocess.Popen(command, cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True)
+    command = [str(Path(sys.executable).parent / "graphopt"), "compile", write(place, "stop.yaml", {}), "-o"]
+    for seconds in (2.0, 4.0, 6.0):
+        out = f"stopped-{seconds:.0f}"
+        process = subprocess.Popen(
+            [*command, out], cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True
+        )
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
@@ -192,5 +195,5 @@ def test_interrupt_leaves_nothing(place: Path) -> None:
             continue  # it was done before the signal came
         assert process.returncode != 0
         assert "Traceback" not in stderr
-        assert not (place / "stopped").exists()
-        assert not list(place.glob(".stopped*"))
+        assert not (place / out).exists()
+        assert not list(place.glob(f".{out}*"))

@@ -7,6 +7,7 @@ from graphopt.backends.onnx.convolutions import CONVOLUTIONS
 from graphopt.backends.onnx.emitter import Dialect
 from graphopt.backends.onnx.lowerings import LOWERINGS
 from graphopt.backends.onnx.moves import MOVES
+from graphopt.backends.onnx.quantized import QUANTIZED
 from graphopt.backends.onnx.routing import ROUTING
 
 OPSET = 23
@@ -14,6 +15,6 @@ OPSET = 23
 STANDARD = Dialect(
     "standard",
     {"": OPSET},
-    {**LOWERINGS, **MOVES, **CONVOLUTIONS, **ROUTING, "graphopt.kv_cache_update": update_cache},
+    {**LOWERINGS, **MOVES, **CONVOLUTIONS, **ROUTING, **QUANTIZED, "graphopt.kv_cache_update": update_cache},
     {"graphopt.attention": STANDARD_FORMS},
 )

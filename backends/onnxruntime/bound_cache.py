@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine
 
 NUMPY = {
-    torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.int32: np.int32, torch.bool: np.bool_,
+    torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.int32: np.int32, torch.int8: np.int8,
+    torch.bool: np.bool_,
 }  # fmt: skip
 
 

@@ -44,14 +44,28 @@ def group_query(e: Emitter, node: Node) -> Lowered:
         *parts, e.value(args["k_cache"]), e.value(args["v_cache"]),
         _last_keys(e, args["starts"], queries), e.constant(total, torch.int32), *rotary,
         None, _bias(e, node, queries, total), e.value(args["sinks"]) if args["sinks"] is not None else None,
-        outputs=3, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, scale=args["scale"],
+        *_scales(e, node, kv_heads, size), outputs=3, domain=CONTRIB, num_heads=heads, kv_num_heads=kv_heads, scale=args["scale"],
         softcap=args["softcap"] or None, local_window_size=args["window_left"] + 1 if args["window_left"] >= 0 else None,
+        **({"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8} if args["k_scale"] else {}),
         do_rotary=int(args["cos"] is not None) or None, rotary_interleaved=int(args["interleaved"]) or None,
     )  # fmt: skip
     if args["heads_last"]:
         return Reshaped(result), keys, values
     shaped = e.reshape(result, (batch, queries, heads, size))
     return e.op("Transpose", shaped, perm=[0, 2, 1, 3]), keys, values
+
+
+def _scales(e: Emitter, node: Node, heads: int, size: int) -> list[ir.Value]:
+    """Of int8 caches: f32, one for each feature of each head."""
+    found = []
+    for name in ("k_scale", "v_scale"):
+        if node.args[name] is None:
+            continue
+        weight = node.graph.weight_of(node.args[name]) if node.graph is not None else None
+        if weight is None:
+            raise Unsupported("scales that are computed")
+        found.append(e.constant(weight.load().float().expand(1, heads, 1, size).flatten().numpy()))
+    return found
 
 
 def _packed(e: Emitter, node: Node) -> ir.Value | None:

@@ -130,7 +130,7 @@ def _sequence(inputs: Mapping[str, TensorType], names: Mapping[str, str]) -> str
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """On the CPU pages that the system zeroes when they are first touched: a long cache costs nothing until it is filled."""
-    known = {torch.float32: np.float32, torch.float16: np.float16}
+    known = {torch.float32: np.float32, torch.float16: np.float16, torch.int8: np.int8}
     if str(device) != "cpu" or dtype not in known:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(shape, known[dtype]))
@@ -259,6 +259,32 @@ def last_step(
     """What the last of those steps is called with."""
     inputs, mask, _ = _after(before, layout, inputs, mask)
     return [step.feeds for step in steps_of(call, layout, inputs, mask)][-1]
+
+
+def prompt_feeds(
+    layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None, before: Call | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """One call that reads whole texts on an empty cache, and which of its positions mean something; of a cache with windows
+    only as many of the first tokens as it takes at once."""
+    inputs, mask, _ = _after(before, layout, inputs, mask)
+    given = {name: tensor for name, tensor in inputs.items() if name in layout.inputs}
+    length = _new_tokens(layout, given)
+    batch = next(iter(given.values())).shape[0]
+    cache = layout.empty(batch)
+    if layout.max_length is None:
+        return given | cache, mask
+    nothing, width = torch.zeros(batch, dtype=torch.int64), min(length, layout.window or length)
+    if mask is not None:
+        order = compacted(mask)
+        given = {name: _turned(layout, name, tensor, order) for name, tensor in given.items()}
+        mask = take(mask, order)[:, :width]
+    feeds = {name: _part(layout, name, tensor, nothing, width) for name, tensor in given.items()} | cache
+    feeds[PAST_LENGTHS] = nothing
+    if layout.window is not None:
+        feeds[PAST_EVICTED] = nothing
+    if NEW_LENGTHS in layout.inputs:
+        feeds[NEW_LENGTHS] = torch.full((batch,), width) if mask is None else mask.sum(1).clamp(min=1)
+    return feeds, mask
 
 
 def _after(

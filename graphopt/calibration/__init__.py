@@ -1,0 +1,5 @@
+"""Calibration: data through a graph, and the ranges of its values."""
+
+from graphopt.calibration.run import Tapped, calibrate
+
+__all__ = ["Tapped", "calibrate"]

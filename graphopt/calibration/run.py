@@ -1,0 +1,167 @@
+"""Run data through a graph and observe values on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graphopt.calibration.data import batches, digest
+from graphopt.calibration.observers import Observer, make_observer
+from graphopt.dims import Dim, Size
+from graphopt.errors import CalibrationError
+from graphopt.execution import run
+from graphopt.ir import Graph, Value
+from graphopt.models import cache_folder
+from graphopt.parity import Probe
+from graphopt.runtime.cache import Call, layout_of, prompt_feeds
+from graphopt.schemas.calibration import Calibration
+from graphopt.sources import Source
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """A value to observe, and the axes whose every index has a range of its own; none for one range."""
+
+    name: str
+    axes: tuple[int, ...] = ()
+
+
+def calibrate(
+    graph: Graph,
+    source: Source,
+    config: Calibration,
+    taps: Iterable[Tapped],
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Tensor]:
+    """The magnitude up to which each tapped value is to be kept, f32, with the sizes of its own axes.
+
+    Padding is left out. A graph with a cache reads every batch as prompts. Results for files are kept by a digest of graph,
+    weights, data and options. CalibrationError for data that does not fit, NaN, or a value that no number but 0 reached."""
+    taps = list(taps)
+    key = _key(graph, config, taps)
+    kept = None if key is None else _read(key)
+    if kept is None:
+        kept = _observe(graph, source, config, taps, progress)
+        if key is not None:
+            _write(key, kept)
+    for tap in taps:
+        if not bool((kept[tap.name] > 0).any()):
+            where = _where(graph.value(tap.name))
+            raise CalibrationError(
+                f"%{tap.name} is 0 for all of the data", where=where, hint="give other data, or skip it"
+            )
+    return kept
+
+
+def _observe(
+    graph: Graph, source: Source, config: Calibration, taps: list[Tapped], progress: Callable[[float], None]
+) -> dict[str, Tensor]:
+    observers = {tap.name: make_observer(config) for tap in taps}
+    axes = {tap.name: tap.axes for tap in taps}
+    names = () if source.mask is None else source.axes[source.mask]
+    rows = 0
+    for probe in batches(source, config):
+        feeds, mask = _feeds(graph, probe)
+
+        def tap(value: Value, tensor: Tensor, mask: Tensor | None = mask) -> None:
+            if value.name in observers:
+                _see(observers[value.name], value, real(value, tensor, mask, names), axes[value.name])
+
+        for name in observers.keys() & feeds.keys():
+            tap(graph.value(name), feeds[name])
+        with torch.no_grad():
+            run(graph, feeds, tap=tap)
+        rows += next(iter(probe.inputs.values())).shape[0]
+        progress(min(1.0, rows / config.samples))
+    found = {}
+    for name, observer in observers.items():
+        threshold = observer.threshold()
+        shape = [_number(graph.value(name).type.shape[axis]) for axis in axes[name]]
+        found[name] = threshold.reshape(shape)
+    return found
+
+
+def _see(observer: Observer, value: Value, tensor: Tensor, axes: tuple[int, ...]) -> None:
+    moved = tensor.movedim(axes, tuple(range(len(axes))))
+    count = math.prod(moved.shape[: len(axes)])
+    try:
+        observer.see(moved.reshape(count, -1).float())
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"{error.what} in %{value.name}", where=_where(value), hint="look at data and model"
+        ) from error
+
+
+def _where(value: Value) -> str:
+    return f"%{value.name}" if value.producer is None else value.producer.where
+
+
+def real(value: Value, tensor: Tensor, mask: Tensor | None, names: Sequence[str | None]) -> Tensor:
+    """The numbers at positions that the mask ``[batch, sequence]`` keeps, where a value has those axes, of these ``names``:
+    the batch's axis then has all kept positions, and the sequence's a single one. Other values as they are."""
+    if mask is None or None in names:
+        return tensor
+    batch, sequence = (Dim.named(str(name)) for name in names)
+    shape = value.type.shape
+    if shape and shape[0] == batch * sequence:
+        return tensor[mask.bool().flatten()]
+    if sequence not in shape or shape[0] != batch:
+        return tensor
+    axis = shape.index(sequence)
+    return tensor.movedim(axis, 1)[mask.bool()].unsqueeze(axis)
+
+
+def _feeds(graph: Graph, probe: Probe) -> tuple[Mapping[str, Tensor], Tensor | None]:
+    """What the graph takes of a batch, and which positions of it mean something."""
+    layout = layout_of(graph)
+    if layout is not None:
+        return prompt_feeds(layout, probe.inputs, probe.mask, None if graph.prologue is None else _call(graph.prologue))
+    return {name: tensor for name, tensor in probe.inputs.items() if name in graph.inputs}, probe.mask
+
+
+def _call(graph: Graph) -> Call:
+    return lambda inputs: run(graph, {name: inputs[name] for name in graph.inputs})
+
+
+def _number(size: Size) -> int:
+    assert isinstance(size, int), "a range of its own for an axis whose size is not fixed"
+    return size
+
+
+# Kept results
+
+
+def _key(graph: Graph, config: Calibration, taps: Iterable[Tapped]) -> str | None:
+    data = digest(config)
+    if data is None:
+        return None
+    made = hashlib.sha256(f"{graph.text()}\n{data}\n{sorted(map(repr, taps))}".encode())
+    for _, weight in sorted(graph.weights.items()):
+        made.update(weight.load().contiguous().flatten().view(torch.uint8).numpy().data)
+    return made.hexdigest()
+
+
+def _file(key: str) -> Path:
+    return cache_folder() / "calibration" / f"{key}.json"
+
+
+def _read(key: str) -> dict[str, Tensor] | None:
+    try:
+        return {name: torch.tensor(range) for name, range in json.loads(_file(key).read_text()).items()}
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(key: str, found: Mapping[str, Tensor]) -> None:
+    file = _file(key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staged = file.with_suffix(".tmp")
+    staged.write_text(json.dumps({name: range.tolist() for name, range in found.items()}))
+    staged.replace(file)

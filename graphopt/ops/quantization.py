@@ -1,0 +1,113 @@
+"""Ops of quantized numbers: symmetric int8 with a scale, linears on integers, weights packed in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graphopt.ops.library import own_op
+
+
+def _scaled(args: Mapping[str, Any]) -> tuple[torch.Size, torch.dtype]:
+    x, scale = args["x"], args["scale"]
+    if scale.ndim not in (0, x.ndim) or not scale.is_floating_point():
+        raise ValueError(f"a scale is one number or has an axis for each of x {list(x.shape)}, not {list(scale.shape)}")
+    if any(size not in (1, whole) for size, whole in zip(scale.shape, x.shape[-scale.ndim :], strict=False)):
+        raise ValueError(f"scale {list(scale.shape)} does not fit x {list(x.shape)}")
+    return x.shape, scale.dtype
+
+
+def _quantize_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    shape, dtype = _scaled(args)
+    if args["x"].dtype != dtype:
+        raise ValueError(f"x is {args['x'].dtype}, its scale {dtype}")
+    return (args["x"].new_empty(shape, dtype=torch.int8),)
+
+
+def _dequantize_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    shape, dtype = _scaled(args)
+    if args["x"].dtype != torch.int8:
+        raise ValueError(f"x is {args['x'].dtype}, not int8")
+    return (args["x"].new_empty(shape, dtype=dtype),)
+
+
+@own_op("(Tensor x, Tensor scale) -> Tensor", _quantize_shapes)
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """``round(x / scale)`` as int8, saturated; halves go to the even number (ONNX QuantizeLinear, zero point 0).
+
+    scale: one number, or an axis for each of x, of size 1 or x's own (``[N, 1]`` for a weight's channels)."""
+    return (x / scale).round().clamp(-128, 127).to(torch.int8)
+
+
+@own_op("(Tensor x, Tensor scale) -> Tensor", _dequantize_shapes)
+def dequantize(x: Tensor, scale: Tensor) -> Tensor:
+    """``x * scale`` in the scale's dtype; x int8."""
+    return x.to(scale.dtype) * scale
+
+
+def _linear_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    x, weight, scale, bias = (args[name] for name in ("x", "weight", "scale", "bias"))
+    if weight.dtype != torch.int8 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight {list(weight.shape)} ({weight.dtype}) is no int8 [N, {x.shape[-1]}]")
+    if scale.shape not in ((), (weight.shape[0],)) or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(f"scale and bias are of {weight.shape[0]} channels")
+    return (x.new_empty((*x.shape[:-1], weight.shape[0])),)
+
+
+@own_op("(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor", _linear_shapes)
+def dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear whose input is quantized to 8 bits by its own smallest and largest element (ONNX DynamicQuantizeLinear).
+
+    x ``[..., K]``, weight int8 ``[N, K]``, scale ``[N]`` or one number, bias ``[N]``; result ``[..., N]``. The products are of
+    integers; what is rounded is the input alone, asymmetrically, all of it with one scale."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    step = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
+    zero = (-low / step).round().clamp(0, 255)
+    rounded = ((x / step).round() + zero).clamp(0, 255) - zero
+    product = functional.linear(rounded * step, weight.to(x.dtype) * (scale if scale.ndim == 0 else scale[:, None]))
+    return product if bias is None else product + bias
+
+
+def _packed_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    x, packed, scales, bits, block = (args[name] for name in ("x", "packed", "scales", "bits", "block"))
+    channels, groups = packed.shape[:2]
+    if bits not in (4, 8) or packed.dtype != torch.uint8 or packed.shape != (channels, groups, block * bits // 8):
+        raise ValueError(f"packed {list(packed.shape)} is no uint8 [N, groups, {block * bits // 8}]")
+    if not (groups - 1) * block < x.shape[-1] <= groups * block or scales.shape != (channels, groups):
+        raise ValueError(
+            f"{groups} groups of {block} do not fit {x.shape[-1]} features and scales {list(scales.shape)}"
+        )
+    return (x.new_empty((*x.shape[:-1], channels)),)
+
+
+@own_op(
+    "(Tensor x, Tensor packed, Tensor scales, Tensor? zeros=None, Tensor? bias=None, *, int bits, int block) -> Tensor",
+    _packed_shapes,
+)
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """A linear whose weight is packed in groups along its input features (com.microsoft.MatMulNBits).
+
+    x ``[..., K]``; packed uint8 ``[N, G, block * bits / 8]``, low nibble first; scales ``[N, G]``; zeros uint8 ``[N, G]``, by
+    default the middle of the range, ``2 ** (bits - 1)``; a weight is ``(number - zero) * scale``. Result ``[..., N]``."""
+    weight = unpacked(packed, scales, zeros, bits)[:, : x.shape[-1]]
+    return functional.linear(x, weight.to(x.dtype), bias)
+
+
+def unpacked(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """The weight ``[N, G * block]`` that groups hold."""
+    numbers = torch.stack([packed & 15, packed >> 4], -1).flatten(2) if bits == 4 else packed
+    middle = torch.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros.to(scales.dtype)
+    return ((numbers.to(scales.dtype) - middle[..., None]) * scales[..., None]).flatten(1)

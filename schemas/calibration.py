@@ -1,0 +1,39 @@
+"""What a pass is calibrated on, and how ranges are found."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer, PositiveInt, model_validator
+
+from graphopt.schemas.common import Schema
+
+
+def _described(data: Any) -> str:
+    """In reports and manifests: the file, or what kind of object it was."""
+    return data if isinstance(data, str) else f"<{type(data).__name__}>"
+
+
+class Calibration(Schema):
+    """``data``: a file (.txt, a text a line; .jsonl, an object a line with ``field`` or the model's inputs; .npz, arrays by
+    input, an example a row), or in Python an iterable of texts or of mappings from inputs to arrays ``[batch, ...]``.
+
+    Observers find the largest magnitude that is kept: ``min_max``, all of it; ``moving_average`` of the batches' largest;
+    ``percentile`` of all magnitudes; ``mse``, the least squared error; ``entropy``, the least KL divergence (TensorRT's)."""
+
+    data: Annotated[Any, PlainSerializer(_described)]
+    samples: PositiveInt = 128
+    """How many examples are used at most."""
+    batch: PositiveInt = 8
+    max_length: PositiveInt = 256
+    """Longer texts are cut, in tokens."""
+    field: str = "text"
+    """The key of the text in a .jsonl file."""
+    observer: Literal["min_max", "moving_average", "percentile", "mse", "entropy"] = "min_max"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+
+    @model_validator(mode="after")
+    def _percentile_is_used(self) -> Calibration:
+        if self.observer != "percentile" and "percentile" in self.model_fields_set:
+            raise ValueError(f"percentile is for observer: percentile, not for {self.observer}")
+        return self
