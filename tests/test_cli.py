@@ -183,8 +183,8 @@ def test_bad_files(place: Path) -> None:
 @pytest.mark.slow
 def test_interrupt_leaves_nothing(place: Path) -> None:
     command = [str(Path(sys.executable).parent / "graphopt"), "compile", write(place, "stop.yaml", {}), "-o"]
-    for seconds in (2.0, 4.0, 6.0):
-        out = f"stopped-{seconds:.0f}"
+    for seconds in (3.5, 4.5, 6.0):
+        out = f"stopped-{seconds}"
         process = subprocess.Popen(
             [*command, out], cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True
         )
