@@ -183,17 +183,18 @@ def test_bad_files(place: Path) -> None:
 @pytest.mark.slow
 def test_interrupt_leaves_nothing(place: Path) -> None:
     command = [str(Path(sys.executable).parent / "graphopt"), "compile", write(place, "stop.yaml", {}), "-o"]
-    for seconds in (3.5, 4.5, 6.0):
+    for seconds in (0.0, 1.0):  # after the build has begun
         out = f"stopped-{seconds}"
         process = subprocess.Popen(
             [*command, out], cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True
         )
+        while not list(place.glob(f".{out}*")) and process.poll() is None:
+            time.sleep(0.01)
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         if process.returncode == 0:
             continue  # it was done before the signal came
-        assert process.returncode != 0
         assert "Traceback" not in stderr
         assert not (place / out).exists()
         assert not list(place.glob(f".{out}*"))
