@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from graphopt import artifact
+from graphopt.dims import Dim
 from graphopt.eager import eager
-from graphopt.errors import InputError
+from graphopt.errors import InputError, ParityError
 from graphopt.runtime.cache import LOGITS
 from graphopt.runtime.decoder import Decoder, kept, longest_text
 from graphopt.runtime.encoding import batched
@@ -42,6 +43,10 @@ def decode_parity(
     begins with. ``chunk``: prompts are read so many tokens at a time. InputError for what the cache cannot hold."""
     if steps < 1:
         raise InputError(f"steps is {steps}, must be 1 or more")
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk is {chunk}, must be 1 or more")
+    if empty := [index for index, prompt in enumerate(prompts) if not prompt]:
+        raise InputError(f"prompt {empty[0]} is empty")
     texts = [list(prompt) for prompt in prompts]
     decoder = Decoder(engine, len(texts), batched(source or {}))
     found: list[Tensor] = []
@@ -56,16 +61,24 @@ def decode_parity(
         own = {name: tensors[index][None] for name, tensors in (source or {}).items()}
         expected = _eager_logits(model, {**own, decoder.tokens: torch.tensor([text[:-1]])}, steps)
         got = torch.stack([step[index] for step in found]).float()
+        if got.shape != expected.shape:
+            sizes = f"{got.shape[-1]} tokens, the model's {expected.shape[-1]}"
+            raise ParityError(f"the engine's logits are of {sizes}", hint=_ANOTHER)
         rows.append(_compare(len(prompt), expected, text[len(prompt) :]))
         drifts = torch.maximum(drifts, (got - expected).abs().amax(-1))
         scale = max(scale, float(expected.abs().max()))
     return DecodeParity(rows=rows, drift=drifts.tolist(), scale=scale)
 
 
+_ANOTHER = "is it the model the engine was made of?"
+
+
 def _eager_logits(model: nn.Module, inputs: Mapping[str, Tensor], steps: int) -> Tensor:
     """``[steps, vocabulary]``: what eager says after the prompt and after each token but the last."""
-    logits: Tensor = eager(model)(**inputs)[LOGITS]
-    return logits[0, -steps:].float()
+    outputs = eager(model)(**inputs)
+    if LOGITS not in outputs:
+        raise ParityError(f"the model gives {', '.join(outputs)}, no {LOGITS}", hint=_ANOTHER)
+    return outputs[LOGITS][0, -steps:].float()
 
 
 def _compare(prompt_tokens: int, expected: Tensor, tokens: Sequence[int]) -> DecodeRow:
@@ -104,6 +117,14 @@ def sample_prompts(
     return [text.tolist() for text in tokens(layout.tokens[0], counts)], reads
 
 
+def _limits(engine: Engine, room: int | None) -> list[int]:
+    """How many tokens a prompt may have: in the cache, or for an encoder."""
+    ranges = engine.prologue.dims.values() if engine.prologue else []
+    return [
+        size for size in (max(SAMPLE_LENGTHS), room if not engine.prologue else None, *(r.max for r in ranges)) if size
+    ]
+
+
 def verify_decoding(
     folder: str | Path, model: str | Source | nn.Module, prompts: Sequence[str] = (), steps: int = 128
 ) -> DecodeParity:
@@ -115,7 +136,10 @@ def verify_decoding(
     room = longest_text(engine)
     if room is not None and room <= steps:
         raise InputError(f"{steps} tokens do not fit into the cache of {room}", hint="ask for fewer")
-    lengths = [length if room is None else min(length, room - steps) for length in SAMPLE_LENGTHS]
+    lengths = [min(length, *_limits(engine, None if room is None else room - steps)) for length in SAMPLE_LENGTHS]
+    rows = next(iter(engine.inputs.values())).shape[0]
+    batch = engine.dims[str(rows)].max if isinstance(rows, Dim) else rows
+    lengths = lengths if batch is None else (lengths * batch)[: max(1, min(batch, len(lengths)))]
     texts, reads = sample_prompts(source, engine, lengths)
     if prompts:
         if engine.prologue is not None:

@@ -251,6 +251,12 @@ class Graph:
         self.weights[name] = weight
         return value
 
+    def set_weight(self, name: str, weight: Weight) -> None:
+        """Let a weight have other numbers, of the same type."""
+        if name not in self.weights or self.weights[name].type != weight.type:
+            raise GraphError(f"there is no weight %{name} of type {weight.type}")
+        self.weights[name] = weight
+
     def insert(
         self,
         op: str,

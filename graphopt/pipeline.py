@@ -14,7 +14,7 @@ import networkx as nx
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from graphopt.calibration import Tapped, calibrate
+from graphopt.calibration import Tapped, calibrate, sample
 from graphopt.errors import CalibrationError, NoMatchError, ParityError, PipelineError, nearest
 from graphopt.execution import run
 from graphopt.ir import Graph
@@ -25,7 +25,7 @@ from graphopt.runtime.cache import CacheLayout, Call, as_if_uncached, last_step,
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.calibration import Calibration
 from graphopt.schemas.pipeline import Budget, Exact
-from graphopt.schemas.report import PassReport, RefusalReport, StageParity
+from graphopt.schemas.report import LayerPrecision, PassReport, RefusalReport, StageParity
 from graphopt.sources import Source
 
 PASSES = "graphopt.passes"  # the entry point group
@@ -41,18 +41,27 @@ class Stopwatch(Protocol):
 @dataclass
 class Context:
     """What a pass may ask beyond its graph. ``stopwatch`` is None where nothing can be timed (``tactics: fixed``); ``source``
-    is the model, for calibration; ``progress`` is told how much of a long pass is done."""
+    is the model, for calibration; ``progress`` is told how much of a long pass is done;
+    ``layers`` takes what became of each layer."""
 
     stopwatch: Stopwatch | None = None
     source: Source | None = None
     progress: Callable[[float], None] = lambda done: None
     notes: list[str] = field(default_factory=list)
+    layers: list[LayerPrecision] = field(default_factory=list)
 
     def calibrate(self, graph: Graph, config: Calibration, taps: Iterable[Tapped]) -> dict[str, Tensor]:
         """The magnitude up to which each tapped value is to be kept: see :func:`graphopt.calibration.calibrate`."""
+        return calibrate(graph, self._model(), config, taps, self.progress)
+
+    def sample(self, graph: Graph, config: Calibration, names: Iterable[str], rows: int) -> dict[str, Tensor]:
+        """Some of each value's numbers: see :func:`graphopt.calibration.sample`."""
+        return sample(graph, self._model(), config, names, rows)
+
+    def _model(self) -> Source:
         if self.source is None:
             raise CalibrationError("there is no model whose inputs the data could be", hint="give the Context a source")
-        return calibrate(graph, self.source, config, taps, self.progress)
+        return self.source
 
 
 class Pass(BaseModel):
@@ -311,6 +320,7 @@ def _run_one(graph: Graph, step: Pass, context: Context) -> PassReport:
     text, nodes = graph.text(), len(graph)
     parameters, size = _parameters(graph), graph.weight_bytes
     context.notes.clear()
+    context.layers.clear()
     start = time.perf_counter()
     with paused_collector():
         before = graph.prologue
@@ -332,6 +342,7 @@ def _run_one(graph: Graph, step: Pass, context: Context) -> PassReport:
         matches=log.matches,
         refusals=[RefusalReport(rule=r.rule, where=r.where, reason=r.reason) for r in log.refusals],
         notes=list(context.notes),
+        layers=list(context.layers),
         nodes_before=nodes,
         nodes_after=len(graph),
         bytes_before=size,

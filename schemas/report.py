@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field
 
 from graphopt.schemas.common import Schema
@@ -81,13 +83,22 @@ class DecodeParity(Schema):
     @property
     def worst_drift(self) -> float:
         """The largest difference of logits on the way, relative to the largest logit."""
-        return max(self.drift) / self.scale if self.scale else max(self.drift)
+        worst = math.nan if any(map(math.isnan, self.drift)) else max(self.drift)
+        return worst / self.scale if self.scale else worst
 
 
 class RefusalReport(Schema):
     rule: str
     where: str
     reason: str
+
+
+class LayerPrecision(Schema):
+    """What a layer computes in after a pass, and why not in less."""
+
+    module: str
+    precision: str
+    reason: str | None = None
 
 
 class PassReport(Schema):
@@ -98,6 +109,7 @@ class PassReport(Schema):
     matches: dict[str, int]
     refusals: list[RefusalReport] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+    layers: list[LayerPrecision] = Field(default_factory=list)
     nodes_before: int
     nodes_after: int
     bytes_before: int

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from graphopt.backends.onnx.emitter import Emitter, Lowered, Table
+from graphopt.backends.onnx.emitter import Emitter, Lowered, Table, Unsupported
 from graphopt.ir import Node, Value
 
 QUANTIZED = Table()
@@ -49,3 +49,59 @@ def flat_scale(e: Emitter, scale: Value) -> ir.Value:
 def zeros(e: Emitter, scale: Value) -> ir.Value:
     """Zero points for a scale of one axis."""
     return e.constant(np.zeros([int(size) for size in scale.type.shape if size != 1], np.int8))  # type: ignore[arg-type]  # constant
+
+
+@lowers("graphopt.static_linear")
+def _static_linear(e: Emitter, node: Node) -> Lowered:
+    """Both operands dequantized before a product in float: what readers of Q/DQ make integers of."""
+    x, x_scale, weight, scale, bias = (node.args[name] for name in ("x", "x_scale", "weight", "scale", "bias"))
+    own = e.op("DequantizeLinear", e.value(x), e.value(x_scale), zeros(e, x_scale))
+    product = e.op(
+        "MatMul", own, turned(e, e.op("DequantizeLinear", e.value(weight), e.value(scale), zeros(e, scale), axis=0))
+    )
+    return with_bias(e, product, bias)
+
+
+@lowers("graphopt.dynamic_linear")
+def _dynamic_linear(e: Emitter, node: Node) -> Lowered:
+    x, weight, scale, bias = (node.args[name] for name in ("x", "weight", "scale", "bias"))
+    if node.args["per_token"]:
+        own, largest = by_token(e, x)
+        zero, step = e.constant(np.array(128, np.uint8)), e.op("Mul", largest, e.constant(1 / 127, x.type.dtype))
+    else:
+        own, step, zero = dynamic(e, x)
+    product = e.op("MatMulInteger", own, turned(e, e.value(weight)), zero)
+    both = e.op("Mul", step, e.value(scale))
+    return with_bias(e, e.op("Mul", e.cast(product, torch.int32, x.type.dtype), both), bias)
+
+
+def by_token(e: Emitter, x: Value) -> tuple[ir.Value, ir.Value]:
+    """Each row by its largest magnitude, as uint8 around 128 in steps of its 127th; and that magnitude ``[..., 1]``."""
+
+    def make() -> tuple[ir.Value, ir.Value]:
+        own, dtype = e.value(x), x.type.dtype
+        last = e.constant(np.array([-1], np.int64))
+        largest = e.op("ReduceMax", e.op("Abs", own), last, keepdims=1)
+        largest = e.op("Max", largest, e.constant(torch.finfo(dtype).tiny, dtype))
+        even = e.op("Mul", own, e.op("Reciprocal", largest))  # a product for each number, a division for each row
+        step = e.constant(1 / 127, dtype)
+        return e.op("QuantizeLinear", even, step, e.constant(np.array(128, np.uint8))), largest
+
+    return e.once(("by token", x.name), make)
+
+
+def dynamic(e: Emitter, x: Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """x as uint8 by its own range, once for all that read it: numbers, scale, zero point."""
+    if x.type.dtype != torch.float32:
+        raise Unsupported(f"DynamicQuantizeLinear of {x.type.dtype}")
+    made = e.once(("dynamic", x.name), lambda: e.op_several("DynamicQuantizeLinear", e.value(x), outputs=3))
+    return made[0], made[1], made[2]
+
+
+def turned(e: Emitter, weight: ir.Value) -> ir.Value:
+    """A weight ``[N, K]`` as the second operand of a product."""
+    return e.once(("transposed", weight.name), lambda: e.op("Transpose", weight, perm=[1, 0]))
+
+
+def with_bias(e: Emitter, product: ir.Value, bias: Value | None) -> ir.Value:
+    return product if bias is None else e.op("Add", product, e.value(bias))

@@ -8,6 +8,7 @@ from graphopt.backends.onnx.attention import STANDARD_FORMS, Attention
 from graphopt.backends.onnx.dialects import OPSET, STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered
 from graphopt.backends.onnxruntime.cached import CONTRIB, group_query
+from graphopt.backends.onnxruntime.quantized import dynamic_linear, packed_linear, static_linear
 from graphopt.backends.quirks import quirks_in_force
 from graphopt.ir import Node
 
@@ -76,6 +77,9 @@ def onnxruntime_dialect(version: str) -> Dialect:
         "graphopt.quick_gelu": _sigmoid_gate,
         "graphopt.gated_activation": _gated,
         "graphopt.cached_attention": group_query,
+        "graphopt.static_linear": static_linear,
+        "graphopt.dynamic_linear": dynamic_linear,
+        "graphopt.packed_linear": packed_linear,
     }
     return Dialect(
         "onnxruntime", {"": OPSET, CONTRIB: 1}, lowerings, {"graphopt.attention": forms},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from graphopt.calibration.data import batches, digest
 from graphopt.calibration.observers import Observer, make_observer
 from graphopt.dims import Dim, Size
 from graphopt.errors import CalibrationError
-from graphopt.execution import run
+from graphopt.execution import Tap, run
 from graphopt.ir import Graph, Value
 from graphopt.models import cache_folder
 from graphopt.parity import Probe
@@ -60,32 +60,60 @@ def calibrate(
     return kept
 
 
+def sample(graph: Graph, source: Source, config: Calibration, names: Iterable[str], rows: int) -> dict[str, Tensor]:
+    """Some of each value's numbers ``[rows, last axis]``, f32: tokens at random, as many from every batch, padding left out."""
+    wanted = set(names)
+    found: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    each = -(-rows * config.batch // config.samples)
+    generator = torch.Generator().manual_seed(0)
+
+    def see(value: Value, tensor: Tensor) -> None:
+        if value.name in wanted:
+            flat = tensor.reshape(-1, tensor.shape[-1])
+            found[value.name].append(flat[torch.randperm(len(flat), generator=generator)[:each]].float())
+
+    _run(graph, source, config, see, wanted, lambda done: None)
+    return {name: torch.cat(parts)[:rows] for name, parts in found.items()}
+
+
 def _observe(
     graph: Graph, source: Source, config: Calibration, taps: list[Tapped], progress: Callable[[float], None]
 ) -> dict[str, Tensor]:
     observers = {tap.name: make_observer(config) for tap in taps}
     axes = {tap.name: tap.axes for tap in taps}
-    names = () if source.mask is None else source.axes[source.mask]
-    rows = 0
-    for probe in batches(source, config):
-        feeds, mask = _feeds(graph, probe)
 
-        def tap(value: Value, tensor: Tensor, mask: Tensor | None = mask) -> None:
-            if value.name in observers:
-                _see(observers[value.name], value, real(value, tensor, mask, names), axes[value.name])
+    def see(value: Value, tensor: Tensor) -> None:
+        if value.name in observers:
+            _see(observers[value.name], value, tensor, axes[value.name])
 
-        for name in observers.keys() & feeds.keys():
-            tap(graph.value(name), feeds[name])
-        with torch.no_grad():
-            run(graph, feeds, tap=tap)
-        rows += next(iter(probe.inputs.values())).shape[0]
-        progress(min(1.0, rows / config.samples))
+    _run(graph, source, config, see, observers.keys(), progress)
     found = {}
     for name, observer in observers.items():
         threshold = observer.threshold()
         shape = [_number(graph.value(name).type.shape[axis]) for axis in axes[name]]
         found[name] = threshold.reshape(shape)
     return found
+
+
+def _run(
+    graph: Graph, source: Source, config: Calibration, see: Tap, names: Set[str], progress: Callable[[float], None]
+) -> None:
+    """All of the data through the graph; ``see`` is given every value without padding, inputs only if they are ``names``."""
+    axes = () if source.mask is None else source.axes[source.mask]
+    rows = 0
+    for probe in batches(source, config):
+        feeds, mask = _feeds(graph, probe)
+
+        def tap(value: Value, tensor: Tensor, mask: Tensor | None = mask) -> None:
+            if value.name in names:
+                see(value, real(value, tensor, mask, axes))
+
+        for name in names & feeds.keys():
+            tap(graph.value(name), feeds[name])
+        with torch.no_grad():
+            run(graph, feeds, tap=tap)
+        rows += next(iter(probe.inputs.values())).shape[0]
+        progress(min(1.0, rows / config.samples))
 
 
 def _see(observer: Observer, value: Value, tensor: Tensor, axes: tuple[int, ...]) -> None:

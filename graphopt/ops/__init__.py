@@ -2,6 +2,6 @@
 
 from graphopt.ops.attention import visible_keys
 from graphopt.ops.library import SHAPES
-from graphopt.ops.quantization import dequantize, dynamic_linear, packed_linear, quantize
+from graphopt.ops.quantization import dequantize, dynamic_linear, packed_linear, quantize, static_linear
 
-__all__ = ["SHAPES", "dequantize", "dynamic_linear", "packed_linear", "quantize", "visible_keys"]
+__all__ = ["SHAPES", "dequantize", "dynamic_linear", "packed_linear", "quantize", "static_linear", "visible_keys"]

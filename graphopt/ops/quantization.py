@@ -58,17 +58,49 @@ def _linear_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return (x.new_empty((*x.shape[:-1], weight.shape[0])),)
 
 
-@own_op("(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor", _linear_shapes)
-def dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear whose input is quantized to 8 bits by its own smallest and largest element (ONNX DynamicQuantizeLinear).
+@own_op("(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, *, bool per_token=False) -> Tensor", _linear_shapes)
+def dynamic_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, per_token: bool = False
+) -> Tensor:
+    """A linear whose input is quantized to 8 bits by its own range when it runs.
 
     x ``[..., K]``, weight int8 ``[N, K]``, scale ``[N]`` or one number, bias ``[N]``; result ``[..., N]``. The products are of
-    integers; what is rounded is the input alone, asymmetrically, all of it with one scale."""
+    integers; what is rounded is the input alone: all of it asymmetrically by its smallest and largest element (ONNX
+    DynamicQuantizeLinear), or ``per_token``, each row by its largest magnitude."""
+    rounded = _by_token(x) if per_token else _by_range(x)
+    product = functional.linear(rounded, weight.to(x.dtype) * (scale if scale.ndim == 0 else scale[:, None]))
+    return product if bias is None else product + bias
+
+
+def _by_range(x: Tensor) -> Tensor:
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     step = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
     zero = (-low / step).round().clamp(0, 255)
-    rounded = ((x / step).round() + zero).clamp(0, 255) - zero
-    product = functional.linear(rounded * step, weight.to(x.dtype) * (scale if scale.ndim == 0 else scale[:, None]))
+    return (((x / step).round() + zero).clamp(0, 255) - zero) * step
+
+
+def _by_token(x: Tensor) -> Tensor:
+    step = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 127
+    return (x / step).round().clamp(-127, 127) * step
+
+
+def _static_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    if args["x"].dtype != torch.int8 or args["x_scale"].ndim:
+        raise ValueError(f"x is {args['x'].dtype}, not int8 with one scale")
+    (result,) = _linear_shapes(args)
+    return (result.to(args["x_scale"].dtype),)
+
+
+@own_op(
+    "(Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
+    _static_shapes,
+)
+def static_linear(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear on integers: ``(x @ weight.T) * x_scale * scale + bias``.
+
+    x int8 ``[..., K]`` with one scale, weight int8 ``[N, K]`` with a scale for each channel, ``[N]``, or one; result in the
+    scales' dtype, ``[..., N]``."""
+    product = functional.linear(x.to(x_scale.dtype), weight.to(x_scale.dtype)) * (x_scale * scale)
     return product if bias is None else product + bias
 
 

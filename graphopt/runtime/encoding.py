@@ -15,8 +15,8 @@ TOKENS, MASK = "input_ids", "attention_mask"
 
 def batched(rows: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """One tensor of each input's rows: tokens padded behind, with the mask that says which are real; others as they are."""
-    if TOKENS not in rows:
-        return {name: torch.stack(list(own)) for name, own in rows.items()}
+    if TOKENS not in rows or MASK in rows:
+        return {name: torch.nn.utils.rnn.pad_sequence(list(own), batch_first=True) for name, own in rows.items()}
     found = {name: torch.nn.utils.rnn.pad_sequence(list(own), batch_first=True) for name, own in rows.items()}
     real = [torch.ones_like(row) for row in rows[TOKENS]]
     return found | {MASK: torch.nn.utils.rnn.pad_sequence(real, batch_first=True)}

@@ -233,9 +233,14 @@ class Generator:
             if all(row.finish for row in rows):
                 return
             clock = time.perf_counter()
-            logits = decoder.feed([[] if row.finish else row.tokens[-1:] for row in rows])
+            logits = decoder.feed([[] if row.finish and self._rows_may_wait else row.tokens[-1:] for row in rows])
             self.timing.decode += time.perf_counter() - clock
             self.timing.new_tokens += sum(row.finish is None for row in rows)
+
+    @property
+    def _rows_may_wait(self) -> bool:
+        """Whether rows that are through may read nothing; where neither places nor a mask tell them apart they read on."""
+        return self.layout.max_length is not None or self.layout.mask is not None
 
     def _take(self, index: int, row: _Row, token: int, max_new_tokens: int) -> Piece:
         """Add a token to its row, and see whether it is the last."""

@@ -1,0 +1,201 @@
+"""Activations whose channels are of like magnitude, for linears that are quantized next (SmoothQuant, Xiao et al. 2022).
+
+::
+
+    %g = aten.gelu.default(self=%h)                             %g = aten.gelu.default(self=%h)
+    %y = aten.linear.default(input=%g, weight=%w)          ->   %s = aten.mul.Tensor(self=%g, other=%g.smooth)
+                                                                %y = aten.linear.default(input=%s, weight=%w)
+
+Channel j of an input is divided by ``s[j] = max|x[j]| ** strength / max|w[:, j]| ** (1 - strength)``, and column j of the weights
+that read it multiplied by it: the same function, with the outliers shared between both. The division goes into what makes the
+channels where that can take it, a norm's weight or the rows of an earlier linear; elsewhere, as here, a product is inserted.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from graphopt.calibration import Tapped
+from graphopt.ir import Graph, Node, Value, Weight
+from graphopt.passes.quantized_weights import module_of, row_scale
+from graphopt.pipeline import Context, Pass
+from graphopt.rewrite import Refused, RewriteLog
+from graphopt.schemas.calibration import Calibration
+
+_NORMS = frozenset({"aten.rms_norm", "aten.layer_norm", "graphopt.add_rms_norm", "graphopt.add_layer_norm"})
+_STRENGTHS = tuple(share / 20 for share in range(6, 20))
+
+
+class SmoothActivations(Pass):
+    """Share the outliers of activations with the weights that read them."""
+
+    kind: Literal["smooth_activations"] = "smooth_activations"
+    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    """How much of the magnitudes moves into the weights; ``search``: for each input what rounds its products least."""
+    rounds: Literal["tensor", "token"] = "tensor"
+    """What the search takes inputs to be rounded by: one scale, or one for each token."""
+    modules: tuple[str, ...] = ("*",)
+    """The paths of modules whose inputs are smoothed, with ``*`` and ``?``."""
+    calibration: Calibration
+    """What magnitudes are measured on."""
+    rows: int = Field(default=256, ge=16)
+    """How many tokens the search looks at."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+
+    def run(self, graph: Graph, context: Context) -> RewriteLog:
+        log = RewriteLog()
+        groups = {x: group for x, group in _groups(graph).items() if self._are_meant(group)}
+        taps = [Tapped(x.name, (len(x.type.shape) - 1,)) for x in groups]
+        largest = context.calibrate(graph, self.calibration, taps)
+        samples: Mapping[str, Tensor] = {}
+        if self.strength == "search":
+            samples = context.sample(graph, self.calibration, [x.name for x in groups], self.rows)
+        for x, group in groups.items():
+            reason = _reason_not_to(graph, group)
+            if reason is not None:
+                log.refusals.append(Refused("SmoothActivations", group[0].where, reason))
+                continue
+            factors = self._factors(graph, group, largest[x.name], samples.get(x.name), context)
+            rule = "folded" if _divide(graph, x, factors) else "inserted"
+            log.matches[rule] = log.matches.get(rule, 0) + 1
+            for node in group:
+                _scale_columns(graph, node, factors)
+        graph.prune()
+        return log
+
+    def _are_meant(self, group: Sequence[Node]) -> bool:
+        return all(any(fnmatch.fnmatch(module_of(node), pattern) for pattern in self.modules) for node in group)
+
+    def _factors(
+        self, graph: Graph, group: Sequence[Node], largest: Tensor, sample: Tensor | None, context: Context
+    ) -> Tensor:
+        weight = torch.cat([_weight(graph, node) for node in group])
+        if sample is None:
+            assert isinstance(self.strength, float | int)
+            return smoothing(largest, weight, float(self.strength))
+        errors = {
+            strength: _error(sample, weight, smoothing(largest, weight, strength), self.rounds == "token")
+            for strength in _STRENGTHS
+        }
+        best = min(errors, key=errors.__getitem__)
+        none = _error(sample, weight, torch.ones_like(largest), self.rounds == "token")
+        kept = errors[best] < none
+        names = ", ".join(module_of(node) for node in group)
+        gain = f"strength {best:g}, error {errors[best] / none:.2f} of that without" if kept else "as they are"
+        context.notes.append(f"{names}: {gain}")
+        return smoothing(largest, weight, best) if kept else torch.ones_like(largest)
+
+
+def smoothing(largest: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """``s`` ``[K]`` of the magnitudes of K channels and the weights ``[N, K]`` that read them."""
+    low = 1e-5
+    own = largest.clamp(min=low * float(largest.max()))
+    read = weight.abs().amax(0)
+    read = read.clamp(min=low * float(read.max()))
+    return own**strength / read ** (1 - strength)
+
+
+def _error(sample: Tensor, weight: Tensor, factors: Tensor, per_token: bool) -> float:
+    """Mean squared error of a sample's products with both sides rounded to 8 bits."""
+    smooth = sample / factors
+    step = (smooth.abs().amax(1, keepdim=True) if per_token else smooth.abs().amax()).clamp(min=1e-30) / 127
+    own = weight * factors
+    scale = row_scale(own)[:, None]
+    rounded = (own / scale).round() * scale
+    product = (smooth / step).round() * step @ rounded.T
+    return float((product - sample @ weight.T).square().mean())
+
+
+def _groups(graph: Graph) -> dict[Value, list[Node]]:
+    """Linears with weights of the graph, by their input."""
+    found: dict[Value, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "aten.linear.default" and graph.weight_of(node.args["weight"]) is not None:
+            found.setdefault(node.args["input"], []).append(node)
+    return found
+
+
+def _reason_not_to(graph: Graph, group: Sequence[Node]) -> str | None:
+    for node in group:
+        if len(node.args["weight"].users) > 1:
+            return f"%{node.args['weight'].name} is read elsewhere as well"
+    return None
+
+
+def _weight(graph: Graph, node: Node) -> Tensor:
+    weight = graph.weight_of(node.args["weight"])
+    assert weight is not None
+    return weight.load()
+
+
+def _scale_columns(graph: Graph, node: Node, factors: Tensor) -> None:
+    _change(graph, node, "weight", lambda weight: weight * factors.to(weight.dtype))
+
+
+def _divide(graph: Graph, x: Value, factors: Tensor) -> bool:
+    """Divide the channels of ``x`` where they are made; if that cannot be, by a product in between, and say so."""
+    made = _maker(graph, x)
+    if made is None:
+        inverse = graph.add_weight(graph.unique(f"{x.name}.smooth"), Weight.of((1 / factors).to(x.type.dtype)))
+        users = list(x.users)
+        before, origin = users[0], (*users[0].origin, "smooth_activations")
+        product = graph.insert("aten.mul.Tensor", {"self": x, "other": inverse}, before=before, origin=origin).output
+        for user in users:
+            if user.op == "aten.linear.default" and user.args["input"] is x:
+                graph.set_args(user, {"input": product})
+        return False
+    node, parts = made
+    for part in parts:
+        _change(graph, node, part, lambda weight: _divided(weight, factors))
+    return True
+
+
+def _divided(weight: Tensor, factors: Tensor) -> Tensor:
+    """A norm's weight or a bias ``[K]``, or the rows of a linear's weight ``[K, ...]``."""
+    own = factors.to(weight.dtype)
+    return weight / own.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _maker(graph: Graph, x: Value) -> tuple[Node, list[str]] | None:
+    """The node with the weights that give ``x`` the magnitudes of its channels, and which of its weights those are."""
+    node = x.producer
+    if node is None or graph.is_output(x) or any(user.op != "aten.linear.default" for user in x.users):
+        return None
+    if node.op.rpartition(".")[0] in _NORMS and x is node.outputs[0]:
+        parts = [part for part in ("weight", "bias") if node.args.get(part) is not None]
+        return (node, parts) if "weight" in parts and _are_own(graph, node, parts) else None
+    if node.op == "graphopt.gated_activation.default":
+        return _linear_behind(graph, node.args["up"])
+    if node.op == "aten.mul.Tensor":
+        makers = (
+            _linear_behind(graph, node.args[name]) for name in ("self", "other") if isinstance(node.args[name], Value)
+        )
+        return next((maker for maker in makers if maker is not None), None)
+    return None
+
+
+def _linear_behind(graph: Graph, value: Value) -> tuple[Node, list[str]] | None:
+    node = value.producer
+    if node is None or node.op != "aten.linear.default" or len(value.users) > 1 or graph.is_output(value):
+        return None
+    parts = [part for part in ("weight", "bias") if node.args[part] is not None]
+    return (node, parts) if _are_own(graph, node, parts) else None
+
+
+def _are_own(graph: Graph, node: Node, parts: Sequence[str]) -> bool:
+    """Whether a node's weights are of the model, and read by it alone."""
+    return all(graph.weight_of(node.args[part]) is not None and len(node.args[part].users) == 1 for part in parts)
+
+
+def _change(graph: Graph, node: Node, part: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Let a weight have other numbers, computed when it is read."""
+    name = node.args[part].name
+    weight = graph.weights[name]
+    graph.set_weight(name, Weight(weight.type, lambda: change(weight.load())))
