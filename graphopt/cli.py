@@ -51,6 +51,7 @@ def compile(
         return
     out.print(show.parity_table(compiled.report))
     out.print(show.tactics_table(compiled.report))
+    out.print(show.layers_table(compiled.report))
     out.print(show.refusals_table(compiled.report))
     out.print(f"[bold green]written[/] {show.escape(str(output))}", show.escape(repr(compiled.engine)), highlight=False)
 

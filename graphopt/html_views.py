@@ -159,6 +159,7 @@ class Work:
     changed: str
     refused: str
     notes: list[str]
+    layers: list[tuple[str, str, list[str]]]  # precision, reason, modules
     changes: list[Change]
     diff: Diff | None
 

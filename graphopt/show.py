@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic.fields import FieldInfo
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -114,6 +115,18 @@ def refusals_table(report: BuildReport) -> RenderableType:
         table.add_row(kind, rule, escape(reason), str(count))
     for kind, note in notes:
         table.add_row(kind, "[dim]note[/]", escape(note), "")
+    return table
+
+
+def layers_table(report: BuildReport) -> RenderableType:
+    """What layers compute in after passes that change that; the manifest and report.html name every one."""
+    if not any(step.layers for step in report.passes):
+        return NOTHING
+    table = _table("precision of layers", "layers", "precision", "reason", "modules", numbers=0)
+    for step in report.passes:
+        for (precision, reason), modules in step.layers_by_precision.items():
+            some = ", ".join(modules[:2]) + (", ..." if len(modules) > 2 else "")
+            table.add_row(str(len(modules)), precision, escape(reason), escape(some))
     return table
 
 
@@ -264,7 +277,7 @@ def passes_table(known: Mapping[str, type[Pass]]) -> Table:
 
 
 def _option(name: str, field: Any) -> str:
-    return f"{name}: {_type_name(field.annotation)} = {field.default!r}"
+    return f"{name}: {_type_name(field.annotation)} = {_default(field)}"
 
 
 def _type_name(annotation: Any) -> str:
@@ -275,13 +288,17 @@ def _type_name(annotation: Any) -> str:
     )
 
 
+def _default(field: FieldInfo) -> str:
+    return "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+
+
 def pass_page(kind: str, step: type[Pass]) -> RenderableType:
     """A pass with its module's picture of before and after."""
     module = inspect.getmodule(step)
     table = _table("options", "name", "type", "default")
     for name, field in step.model_fields.items():
         if name != "kind":
-            table.add_row(name, _type_name(field.annotation), repr(field.default))
+            table.add_row(name, _type_name(field.annotation), _default(field))
     return Group(f"[bold]{kind}[/]", "", Text(inspect.getdoc(module) or ""), "", table)
 
 

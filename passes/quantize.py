@@ -66,7 +66,7 @@ class Quantize(Pass):
     """Keep tables that tokens are looked up in as int8 as well, each row by its own scale; what is looked up is scaled then."""
     calibration: Calibration | None = None
     """What ``int8_static`` is scaled by."""
-    budget: Budget = Budget(metric="cosine", limit=0.98)
+    budget: Budget = Budget(metric="cosine", limit=0.95)
     """How far the outputs may go from eager's."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})

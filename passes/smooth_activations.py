@@ -22,21 +22,22 @@ from pydantic import Field
 from torch import Tensor
 
 from graphopt.calibration import Tapped
-from graphopt.ir import Graph, Node, Value, Weight
+from graphopt.ir import Graph, Node, Value, Weight, map_arg
 from graphopt.passes.quantized_weights import module_of, row_scale
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 from graphopt.schemas.calibration import Calibration
 
 _NORMS = frozenset({"aten.rms_norm", "aten.layer_norm", "graphopt.add_rms_norm", "graphopt.add_layer_norm"})
-_STRENGTHS = tuple(share / 20 for share in range(6, 20))
+LOOKUP = "aten.embedding.default"
+_STRENGTHS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 
 
 class SmoothActivations(Pass):
     """Share the outliers of activations with the weights that read them."""
 
     kind: Literal["smooth_activations"] = "smooth_activations"
-    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.7
     """How much of the magnitudes moves into the weights; ``search``: for each input what rounds its products least."""
     rounds: Literal["tensor", "token"] = "tensor"
     """What the search takes inputs to be rounded by: one scale, or one for each token."""
@@ -58,12 +59,12 @@ class SmoothActivations(Pass):
         if self.strength == "search":
             samples = context.sample(graph, self.calibration, [x.name for x in groups], self.rows)
         for x, group in groups.items():
-            reason = _reason_not_to(graph, group)
+            reason = _reason_not_to(group)
             if reason is not None:
                 log.refusals.append(Refused("SmoothActivations", group[0].where, reason))
                 continue
             factors = self._factors(graph, group, largest[x.name], samples.get(x.name), context)
-            rule = "folded" if _divide(graph, x, factors) else "inserted"
+            rule = "folded" if _divide(graph, x, group, factors) else "inserted"
             log.matches[rule] = log.matches.get(rule, 0) + 1
             for node in group:
                 _scale_columns(graph, node, factors)
@@ -80,12 +81,13 @@ class SmoothActivations(Pass):
         if sample is None:
             assert isinstance(self.strength, float | int)
             return smoothing(largest, weight, float(self.strength))
-        errors = {
-            strength: _error(sample, weight, smoothing(largest, weight, strength), self.rounds == "token")
-            for strength in _STRENGTHS
-        }
+
+        def error(factors: Tensor) -> float:
+            return _error(sample, weight, factors, None if self.rounds == "token" else largest)
+
+        errors = {strength: error(smoothing(largest, weight, strength)) for strength in _STRENGTHS}
         best = min(errors, key=errors.__getitem__)
-        none = _error(sample, weight, torch.ones_like(largest), self.rounds == "token")
+        none = error(torch.ones_like(largest))
         kept = errors[best] < none
         names = ", ".join(module_of(node) for node in group)
         gain = f"strength {best:g}, error {errors[best] / none:.2f} of that without" if kept else "as they are"
@@ -102,15 +104,16 @@ def smoothing(largest: Tensor, weight: Tensor, strength: float) -> Tensor:
     return own**strength / read ** (1 - strength)
 
 
-def _error(sample: Tensor, weight: Tensor, factors: Tensor, per_token: bool) -> float:
-    """Mean squared error of a sample's products with both sides rounded to 8 bits."""
+def _error(sample: Tensor, weight: Tensor, factors: Tensor, largest: Tensor | None) -> float:
+    """How far products of a sample are off with both sides rounded to 8 bits, as a share of each token's own: few tokens with
+    large numbers must not decide for all. Inputs are rounded by the ``largest`` of all channels, or by token."""
     smooth = sample / factors
-    step = (smooth.abs().amax(1, keepdim=True) if per_token else smooth.abs().amax()).clamp(min=1e-30) / 127
+    step = (smooth.abs().amax(1, keepdim=True) if largest is None else (largest / factors).max()).clamp(min=1e-30) / 127
     own = weight * factors
     scale = row_scale(own)[:, None]
-    rounded = (own / scale).round() * scale
-    product = (smooth / step).round() * step @ rounded.T
-    return float((product - sample @ weight.T).square().mean())
+    product = (smooth / step).round().clamp(-127, 127) * step @ ((own / scale).round() * scale).T
+    expected = sample @ weight.T
+    return float(((product - expected).square().sum(1) / expected.square().sum(1).clamp(min=1e-30)).mean())
 
 
 def _groups(graph: Graph) -> dict[Value, list[Node]]:
@@ -122,9 +125,9 @@ def _groups(graph: Graph) -> dict[Value, list[Node]]:
     return found
 
 
-def _reason_not_to(graph: Graph, group: Sequence[Node]) -> str | None:
+def _reason_not_to(group: Sequence[Node]) -> str | None:
     for node in group:
-        if len(node.args["weight"].users) > 1:
+        if any(user not in group and user.op != LOOKUP for user in node.args["weight"].users):
             return f"%{node.args['weight'].name} is read elsewhere as well"
     return None
 
@@ -136,20 +139,35 @@ def _weight(graph: Graph, node: Node) -> Tensor:
 
 
 def _scale_columns(graph: Graph, node: Node, factors: Tensor) -> None:
+    """Tokens that are looked up in the same table are divided again."""
+    for user in [user for user in node.args["weight"].users if user.op == LOOKUP]:
+        rows = user.output
+        product = _product(graph, rows, factors, list(rows.users))
+        for name in [name for name, value in graph.outputs.items() if value is rows]:
+            graph.outputs[name] = product
     _change(graph, node, "weight", lambda weight: weight * factors.to(weight.dtype))
 
 
-def _divide(graph: Graph, x: Value, factors: Tensor) -> bool:
+def _product(graph: Graph, value: Value, factors: Tensor, users: Sequence[Node]) -> Value:
+    """``value`` divided by the factors, for these users."""
+    inverse = graph.add_weight(graph.unique(f"{value.name}.smooth"), Weight.of((1 / factors).to(value.type.dtype)))
+    before = min(users, key=list(graph.nodes).index) if users else None
+    origin = (before or value.producer).origin if before or value.producer else ()  # type: ignore[union-attr]
+    made = graph.insert(
+        "aten.mul.Tensor", {"self": value, "other": inverse}, before=before, origin=(*origin, "smooth_activations")
+    ).output
+    for user in users:
+        graph.set_args(
+            user, {name: map_arg(arg, lambda leaf: made if leaf is value else leaf) for name, arg in user.args.items()}
+        )
+    return made
+
+
+def _divide(graph: Graph, x: Value, group: Sequence[Node], factors: Tensor) -> bool:
     """Divide the channels of ``x`` where they are made; if that cannot be, by a product in between, and say so."""
     made = _maker(graph, x)
     if made is None:
-        inverse = graph.add_weight(graph.unique(f"{x.name}.smooth"), Weight.of((1 / factors).to(x.type.dtype)))
-        users = list(x.users)
-        before, origin = users[0], (*users[0].origin, "smooth_activations")
-        product = graph.insert("aten.mul.Tensor", {"self": x, "other": inverse}, before=before, origin=origin).output
-        for user in users:
-            if user.op == "aten.linear.default" and user.args["input"] is x:
-                graph.set_args(user, {"input": product})
+        _product(graph, x, factors, group)
         return False
     node, parts = made
     for part in parts:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import Field
 
 from graphopt.schemas.common import Schema
@@ -83,7 +81,7 @@ class DecodeParity(Schema):
     @property
     def worst_drift(self) -> float:
         """The largest difference of logits on the way, relative to the largest logit."""
-        worst = math.nan if any(map(math.isnan, self.drift)) else max(self.drift)
+        worst = max(self.drift, key=lambda each: (not each <= float("inf"), each))  # NaN is worse than any number
         return worst / self.scale if self.scale else worst
 
 
@@ -123,6 +121,14 @@ class PassReport(Schema):
     @property
     def changes(self) -> int:
         return sum(self.matches.values())
+
+    @property
+    def layers_by_precision(self) -> dict[tuple[str, str], list[str]]:
+        """The modules of each precision, with the reason for it."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for layer in self.layers:
+            found.setdefault((layer.precision, layer.reason or ""), []).append(layer.module)
+        return found
 
 
 class AttentionReport(Schema):

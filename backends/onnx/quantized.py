@@ -7,6 +7,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Table, Unsupported
+from graphopt.dims import Dim
 from graphopt.ir import Node, Value
 
 QUANTIZED = Table()
@@ -33,7 +34,9 @@ def _dequantize(e: Emitter, node: Node) -> Lowered:
 
 
 def scaled_axis(scale: Value) -> int | None:
-    """The axis along which a scale has several numbers, 0 for one number; None if there are several such axes."""
+    """The axis along which a scale has several numbers, as many as are known, 0 for one number; None if it is otherwise."""
+    if any(isinstance(size, Dim) for size in scale.type.shape):
+        return None
     axes = [axis for axis, size in enumerate(scale.type.shape) if size != 1]
     return None if len(axes) > 1 else axes[0] if axes else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,14 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from graphopt.backend import Backend, Built, Progress, no_progress
-from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
+from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, op_counts, write_model
 from graphopt.backends.onnx.emitter import Emitter
 from graphopt.backends.onnx.weights import embed
 from graphopt.backends.onnxruntime.dialect import onnxruntime_dialect
 from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, make_session, onnxruntime
 from graphopt.backends.onnxruntime.tactics import Tuner, cpu_features, tuning_sizes
 from graphopt.backends.quirks import quirks_in_force
-from graphopt.errors import PipelineError
+from graphopt.errors import BackendError, PipelineError
 from graphopt.ir import Graph
 from graphopt.pipeline import Stopwatch, validation_message
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
@@ -33,6 +34,36 @@ class Options(Schema):
     """``target.options`` of this backend. ``tune``: the sizes that tactics are timed at."""
 
     tune: list[dict[str, int]] | None = None
+
+
+#: Ops of the graph that are to be products of integers, and what they are in the model that onnxruntime runs.
+_INTEGER_LINEARS = frozenset(
+    {"graphopt.static_linear.default", "graphopt.dynamic_linear.default", "graphopt.packed_linear.default"}
+)
+_INTEGER_PRODUCTS = frozenset(
+    {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QLinearMatMul", "MatMulNBits"}
+)
+
+
+def check_integers(graph: Graph, model: Path) -> None:
+    """BackendError if a linear that was quantized is no product of integers in the model that onnxruntime has optimized."""
+    wanted = sum(node.op in _INTEGER_LINEARS for node in graph.nodes)
+    if not wanted:
+        return
+    ops = optimized_ops(model)
+    found = sum(count for op, count in ops.items() if op in _INTEGER_PRODUCTS)
+    if found < wanted:
+        raise BackendError(
+            f"{wanted - found} of {wanted} quantized linears are no products of integers in onnxruntime's model"
+        )
+
+
+def optimized_ops(model: Path) -> dict[str, int]:
+    """The ops of a model as onnxruntime runs it, after its own optimizer, and how often."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        make_session(model, optimized=optimized)
+        return op_counts(ir.load(optimized))
 
 
 def tactics_file() -> Path:
@@ -77,6 +108,8 @@ class OnnxRuntimeBackend(Backend):
         emitter = Emitter(graph, self.dialect, choose)
         built = write_model(emitter, folder, progress)
         built.tactics = list(self._tuner.reports.values()) if self._tuner else []
+        if self.target.provider == "cpu":
+            check_integers(graph, folder / MODEL)
         return built
 
     @classmethod

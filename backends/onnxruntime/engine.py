@@ -29,8 +29,12 @@ def onnxruntime() -> Any:
     return ort
 
 
-def make_session(model: bytes | Path, provider: str = "cpu", threads: int | None = None) -> Any:
-    """A session on one provider. BackendError if onnxruntime refuses the model or would run part of it elsewhere."""
+def make_session(
+    model: bytes | Path, provider: str = "cpu", threads: int | None = None, optimized: Path | None = None
+) -> Any:
+    """A session on one provider; ``optimized``: where to write the model that it runs.
+
+    BackendError if onnxruntime refuses the model or would run part of it elsewhere."""
     ort = onnxruntime()
     wanted = PROVIDERS[provider]
     if wanted not in ort.get_available_providers():
@@ -42,6 +46,9 @@ def make_session(model: bytes | Path, provider: str = "cpu", threads: int | None
     if threads:
         options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
