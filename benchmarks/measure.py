@@ -37,6 +37,7 @@ PACKAGES = (
     "onnxscript",
     "onnx-ir",
     "onnxruntime-genai",
+    "openvino",
     "numpy",
 )
 

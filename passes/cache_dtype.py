@@ -61,7 +61,8 @@ class Kept:
 
     def _scale(self, new: Value) -> Value:
         if new.name not in self._weights:
-            weight = Weight.of(self.scales[new.name].to(new.type.dtype))
+            dtype = new.type.dtype
+            weight = Weight.of(self.scales[new.name].to(dtype).clamp(min=torch.finfo(dtype).tiny))
             self._weights[new.name] = self.graph.add_weight(self.graph.unique(f"{new.name}.scale"), weight)
         return self._weights[new.name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, PositiveInt, model_validator
@@ -11,7 +12,7 @@ from graphopt.schemas.common import Schema
 
 def _described(data: Any) -> str:
     """In reports and manifests: the file, or what kind of object it was."""
-    return data if isinstance(data, str) else f"<{type(data).__name__}>"
+    return str(data) if isinstance(data, str | Path) else f"<{type(data).__name__}>"
 
 
 class Calibration(Schema):

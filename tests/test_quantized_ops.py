@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphopt.dims import Dim, Size, names_of
-from graphopt.errors import GraphoptError
 from graphopt.execution import run
 from graphopt.ir import DimRange, Graph, TensorType, Weight
 from graphopt.ops import SHAPES
@@ -285,10 +284,6 @@ def test_linears_that_do_not_fit_are_refused(change: dict[str, Tensor], reason: 
     refused("dynamic_linear", {"x": empty(2, 6), **LINEAR} | change, reason)
 
 
-def wrong(reason: str, change: dict[str, Any]) -> Any:
-    return pytest.param(change, reason, id=reason, marks=pytest.mark.xfail(strict=True, reason=f"taken: {reason}"))
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -300,18 +295,19 @@ def wrong(reason: str, change: dict[str, Any]) -> Any:
         ({"x": empty(2, 16)}, "2 groups of 16 do not fit 16 features"),
         ({"scales": empty(N, 3)}, r"do not fit 20 features and scales \[5, 3\]"),
         ({"scales": empty(N)}, r"do not fit 20 features and scales \[5\]"),
-        wrong("zeros of another shape", {"zeros": empty(N, 3, dtype=BYTE)}),
-        wrong("zeros that are no bytes", {"zeros": empty(N, 2)}),
-        wrong("a bias of another shape", {"bias": empty(N + 1)}),
+        ({"zeros": empty(N, 3, dtype=BYTE)}, "zeros .* are no uint8"),
+        ({"zeros": empty(N, 2)}, "zeros .* are no uint8"),
+        ({"bias": empty(N + 1)}, "bias .* is not of 5 channels"),
     ],
 )
 def test_packed_linears_that_do_not_fit_are_refused(change: dict[str, Any], reason: str) -> None:
     refused("packed_linear", GROUPS | change, reason)
 
 
-@pytest.mark.xfail(strict=True, reason="taken: an odd block of nibbles, whose last one is nobody's")
 def test_an_odd_block_of_nibbles_is_refused() -> None:
-    refused("packed_linear", GROUPS | {"x": empty(2, 6), "packed": empty(N, 2, 1, dtype=BYTE), "block": 3}, "")
+    refused(
+        "packed_linear", GROUPS | {"x": empty(2, 6), "packed": empty(N, 2, 1, dtype=BYTE), "block": 3}, "is no uint8"
+    )
 
 
 def test_a_graph_infers_their_types() -> None:
@@ -436,14 +432,9 @@ def test_one_number_and_one_axis_are_quantize_linear() -> None:
     assert made_of("dequantize", "features of each head") == ["Cast", "Mul"]
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="zero points are made for sizes that are numbers only")
 @pytest.mark.parametrize("op", ["quantize", "dequantize"])
 def test_a_scale_for_each_row_of_any_batch(op: str) -> None:
-    """To be lowered, or refused with a reason."""
     batch = Dim.named("batch")
     dtype = INT8 if op == "dequantize" else torch.float32
     made = Made(op, (dtype, (batch, 3)), TensorType(torch.float32, (batch, 1)))
-    try:
-        made.check({"x": example(op, (2, 3)), "scale": scale_of((2, 1))})
-    except GraphoptError:
-        return
+    made.check(*({"x": example(op, (rows, 3)), "scale": scale_of((rows, 1))} for rows in (1, 2, 5)))

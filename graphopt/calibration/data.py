@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import CalibrationError, nearest
+from graphopt.models import TOKENIZER_FILES
 from graphopt.parity import Probe
 from graphopt.schemas.calibration import Calibration
 from graphopt.sources import Source
@@ -35,12 +37,14 @@ def batches(source: Source, config: Calibration) -> Iterator[Probe]:
     yield from _batched(source, config, _READERS[path.suffix](path, config), str(path))
 
 
-def digest(config: Calibration) -> str | None:
-    """What data and options are, for keeping results; None for what can be read only once."""
+def digest(source: Source, config: Calibration) -> str | None:
+    """What data, tokenizer and options are, for keeping results; None for what can be read only once."""
     if not isinstance(config.data, (str, Path)) or not Path(config.data).is_file():
         return None
-    with Path(config.data).open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    read = [Path(config.data)]
+    if source.files is not None:
+        read += [source.files / name for name in TOKENIZER_FILES if (source.files / name).is_file()]
+    content = " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in read)
     return f"{content} {config.model_dump_json(exclude={'data'})}"
 
 
@@ -81,9 +85,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _array_rows(path: Path, config: Calibration) -> Iterator[Example]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (ValueError, OSError) as error:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if not isinstance(found, np.lib.npyio.NpzFile):
+                hint = "write it with numpy.savez"
+                raise CalibrationError("not an .npz file but a single array", where=str(path), hint=hint)
+            arrays = dict(found)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CalibrationError(f"not an .npz file: {error}", where=str(path)) from error
     counts = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(counts) != 1:
@@ -98,22 +106,37 @@ _READERS: dict[str, Callable[[Path, Calibration], Iterator[Example]]] = {
 
 def _of_iterable(source: Source, config: Calibration) -> Iterator[Probe]:
     """Texts, or mappings that are batches already."""
-    if not isinstance(config.data, Iterable):
+    where = "calibration data"
+    if not isinstance(config.data, Iterable) or isinstance(config.data, Mapping | bytes):
         raise CalibrationError(f"calibration data is a {type(config.data).__name__}", hint=_KINDS)
     items = iter(config.data)
     first = next(items, None)
     items = itertools.chain([] if first is None else [first], items)
     if not isinstance(first, Mapping):
-        yield from _batched(source, config, items, "calibration data")
+        yield from _batched(source, config, items, where)
         return
     rows = 0
     for item in items:
-        inputs = {name: torch.as_tensor(array) for name, array in item.items()}
-        made = _probe(source, inputs, "calibration data")
-        rows += next(iter(inputs.values())).shape[0]
+        if not isinstance(item, Mapping):
+            raise CalibrationError(f"a {type(item).__name__} is among mappings", where=where)
+        made = _probe(source, {name: _tensor(array, name, where) for name, array in item.items()}, where)
+        if (count := next(iter(made.inputs.values())).shape[0]) > config.samples - rows:
+            made = _probe(
+                source, {name: tensor[: config.samples - rows] for name, tensor in made.inputs.items()}, where
+            )
+        rows += count
         yield made
         if rows >= config.samples:
             return
+
+
+def _tensor(array: Any, name: str, where: str) -> Tensor:
+    """Numbers as a tensor. CalibrationError for what is no array of numbers."""
+    try:
+        given = np.asarray(array) if not isinstance(array, Tensor) else array
+        return given if isinstance(given, Tensor) else torch.as_tensor(given.astype(given.dtype.newbyteorder("=")))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{name} is no array of numbers: {str(error).splitlines()[0]}", where=where) from error
 
 
 def _batched(source: Source, config: Calibration, examples: Iterable[Any], where: str) -> Iterator[Probe]:
@@ -138,8 +161,8 @@ def _encoder(source: Source, config: Calibration, where: str) -> Callable[[list[
             return _tokens(source, config, [tokenizer[0](text)["input_ids"][: config.max_length] for text in batch])
         if not all(isinstance(example, Mapping) and example.keys() == batch[0].keys() for example in batch):
             raise CalibrationError("the examples are not all of one kind", where=where)
-        rows = {name: [torch.as_tensor(example[name]) for example in batch] for name in batch[0]}
-        if set(rows) == {"input_ids"}:
+        rows = {name: [_tensor(example[name], name, where) for example in batch] for name in batch[0]}
+        if set(rows) == {"input_ids"} and all(row.ndim == 1 for row in rows["input_ids"]):
             return _tokens(source, config, [row.tolist()[: config.max_length] for row in rows["input_ids"]])
         if any(row.shape != own[0].shape for own in rows.values() for row in own):
             raise CalibrationError(
@@ -183,7 +206,11 @@ def _probe(source: Source, inputs: Mapping[str, Tensor], where: str) -> Probe:
         raise CalibrationError(f"there is no input {min(unknown)!r}", where=where, hint=nearest(min(unknown), wanted))
     if missing := wanted.keys() - inputs.keys():
         raise CalibrationError(f"the input {min(missing)!r} is missing", where=where)
+    for name, tensor in inputs.items():
+        _check_kind(source, name, tensor, where)
     given = {name: inputs[name].to(wanted[name].dtype) for name in wanted}
+    if len({tensor.shape[0] for tensor in given.values()}) != 1:
+        raise CalibrationError("the inputs have not the same number of examples", where=where)
     sizes = {
         axis: given[name].shape[index]
         for name, names in source.axes.items()
@@ -192,3 +219,15 @@ def _probe(source: Source, inputs: Mapping[str, Tensor], where: str) -> Probe:
         if axis
     }
     return Probe(sizes, given, given.get(source.mask) if source.mask else None)
+
+
+def _check_kind(source: Source, name: str, tensor: Tensor, where: str) -> None:
+    """Numbers of the input's kind, rank and range."""
+    wanted = source.tensors[name]
+    if tensor.ndim != wanted.ndim:
+        raise CalibrationError(f"{name} has {tensor.ndim} axes, needs {wanted.ndim}", where=where)
+    if tensor.is_floating_point() and not wanted.is_floating_point():
+        raise CalibrationError(f"{name} is {tensor.dtype}, needs whole numbers", where=where)
+    vocabulary = source.vocabulary.get(name)
+    if vocabulary is not None and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < vocabulary:
+        raise CalibrationError(f"{name} has tokens that are not among 0 to {vocabulary - 1}", where=where)

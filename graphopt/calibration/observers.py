@@ -6,6 +6,7 @@ bins double their width when something falls behind the last one.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -62,6 +63,8 @@ class MovingAverage:
         self.average: Tensor | None = None
 
     def see(self, numbers: Tensor) -> None:
+        if not numbers.shape[1]:
+            return
         own = _largest(numbers)
         self.average = own if self.average is None else MOMENTUM * self.average + (1 - MOMENTUM) * own
 
@@ -131,7 +134,7 @@ class LeastError(Histogram):
         counts, largest = _seen(self.counts), self.largest
         centers = (torch.arange(BINS) + 0.5) * self.width[:, None]
         best, least = largest.clone(), torch.full_like(largest, float("inf"))
-        for share in torch.linspace(1, 0.2, self.CANDIDATES):
+        for share in torch.logspace(0, math.log10(LEVELS / BINS), self.CANDIDATES, dtype=torch.float64):
             limit = largest * share
             step = (limit / (LEVELS - 1)).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
             rounded = (centers / step).round().clamp(max=LEVELS - 1) * step

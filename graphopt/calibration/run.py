@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def calibrate(
     Padding is left out. A graph with a cache reads every batch as prompts. Results for files are kept by a digest of graph,
     weights, data and options. CalibrationError for data that does not fit, NaN, or a value that no number but 0 reached."""
     taps = list(taps)
-    key = _key(graph, config, taps)
+    key = _key(graph, source, config, taps)
     kept = None if key is None else _read(key)
     if kept is None:
         kept = _observe(graph, source, config, taps, progress)
@@ -166,8 +167,8 @@ def _number(size: Size) -> int:
 # Kept results
 
 
-def _key(graph: Graph, config: Calibration, taps: Iterable[Tapped]) -> str | None:
-    data = digest(config)
+def _key(graph: Graph, source: Source, config: Calibration, taps: Iterable[Tapped]) -> str | None:
+    data = digest(source, config)
     if data is None:
         return None
     made = hashlib.sha256(f"{graph.text()}\n{data}\n{sorted(map(repr, taps))}".encode())
@@ -190,6 +191,6 @@ def _read(key: str) -> dict[str, Tensor] | None:
 def _write(key: str, found: Mapping[str, Tensor]) -> None:
     file = _file(key)
     file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_suffix(".tmp")
+    staged = file.with_suffix(f".{os.getpid()}.tmp")
     staged.write_text(json.dumps({name: range.tolist() for name, range in found.items()}))
     staged.replace(file)

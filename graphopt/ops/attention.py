@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphopt.ops.library import own_op
-from graphopt.ops.quantization import dequantize, quantize
+from graphopt.ops.quantization import dequantize, quantize, scaled
 
 
 @own_op(
@@ -218,6 +218,10 @@ def _cached_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
     for new, cache, scale in zip(parts[1:], caches, (args["k_scale"], args["v_scale"]), strict=True):
         if (scale is not None) != (cache.dtype == torch.int8):
             raise ValueError(f"a cache of {cache.dtype} {'with' if scale is not None else 'without'} a scale")
+        if scale is not None:
+            scaled({"x": cache, "scale": scale})
+            if scale.ndim and scale.shape[::2] != (1, 1):
+                raise ValueError(f"scale {list(scale.shape)} is not of heads and features alone")
         _update_shapes({"cache": cache, "new": new.to(cache.dtype)})
     result = _attention_shape(parts[0], parts[1], parts[2], "none", heads_last=False)
     return (

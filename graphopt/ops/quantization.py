@@ -12,7 +12,8 @@ from torch.nn import functional
 from graphopt.ops.library import own_op
 
 
-def _scaled(args: Mapping[str, Any]) -> tuple[torch.Size, torch.dtype]:
+def scaled(args: Mapping[str, Any]) -> tuple[torch.Size, torch.dtype]:
+    """The shape of x and the dtype of its scale. ValueError if they do not fit together."""
     x, scale = args["x"], args["scale"]
     if scale.ndim not in (0, x.ndim) or not scale.is_floating_point():
         raise ValueError(f"a scale is one number or has an axis for each of x {list(x.shape)}, not {list(scale.shape)}")
@@ -22,14 +23,14 @@ def _scaled(args: Mapping[str, Any]) -> tuple[torch.Size, torch.dtype]:
 
 
 def _quantize_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    shape, dtype = _scaled(args)
+    shape, dtype = scaled(args)
     if args["x"].dtype != dtype:
         raise ValueError(f"x is {args['x'].dtype}, its scale {dtype}")
     return (args["x"].new_empty(shape, dtype=torch.int8),)
 
 
 def _dequantize_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    shape, dtype = _scaled(args)
+    shape, dtype = scaled(args)
     if args["x"].dtype != torch.int8:
         raise ValueError(f"x is {args['x'].dtype}, not int8")
     return (args["x"].new_empty(shape, dtype=dtype),)
@@ -105,9 +106,19 @@ def static_linear(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bia
 
 
 def _packed_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    x, packed, scales, bits, block = (args[name] for name in ("x", "packed", "scales", "bits", "block"))
+    x, packed, scales, zeros, bias = (args[name] for name in ("x", "packed", "scales", "zeros", "bias"))
+    bits, block = args["bits"], args["block"]
     channels, groups = packed.shape[:2]
-    if bits not in (4, 8) or packed.dtype != torch.uint8 or packed.shape != (channels, groups, block * bits // 8):
+    if zeros is not None and (zeros.shape != scales.shape or zeros.dtype != torch.uint8):
+        raise ValueError(f"zeros {list(zeros.shape)} ({zeros.dtype}) are no uint8 {list(scales.shape)}")
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias {list(bias.shape)} is not of {channels} channels")
+    if (
+        bits not in (4, 8)
+        or block * bits % 8
+        or packed.dtype != torch.uint8
+        or packed.shape != (channels, groups, block * bits // 8)
+    ):
         raise ValueError(f"packed {list(packed.shape)} is no uint8 [N, groups, {block * bits // 8}]")
     if not (groups - 1) * block < x.shape[-1] <= groups * block or scales.shape != (channels, groups):
         raise ValueError(
