@@ -106,11 +106,22 @@ def compile_file(
     """Compile what a pipeline file declares. Passes and target are checked before the model is read."""
     config = read_config(file)
     backend = backend_class(config.target.backend)(config.target)
-    steps = load_passes(backend.standard_passes if config.passes is None else config.passes, file=str(file))
+    entries = (
+        backend.standard_passes if config.passes is None else [_beside(each, Path(file)) for each in config.passes]
+    )
+    steps = load_passes(entries, file=str(file))
     progress("load", 0.0)
     source = load_model(config.model, Path(file).parent)
     dims = {name: DimRange(*bounds) for name, bounds in config.dims.items()}
     return _compile(_Build(source, backend, steps, config.parity, force, progress), Path(out), dims)
+
+
+def _beside(entry: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
+    """A pass as a pipeline file declares it, with its calibration data's path from that file on, as the model's is."""
+    calibration = entry.get("calibration")
+    if not isinstance(calibration, dict) or not isinstance(calibration.get("data"), str):
+        return entry
+    return {**entry, "calibration": {**calibration, "data": str(file.parent / calibration["data"])}}
 
 
 def compile(

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import graphopt
+from graphopt.compiler import _beside
 from graphopt.eager import eager
 from graphopt.errors import InputError, LoweringError, NoMatchError, ParityError, PipelineError, TracingError
 from graphopt.ir import Graph, Value
@@ -315,3 +316,11 @@ def test_graph_of_an_engine_parses(tmp_path: Path) -> None:
     graph = read_graph(tmp_path / "engine")
     assert isinstance(graph, Graph)
     graph.verify()
+
+
+def test_calibration_data_lies_beside_the_pipeline_file(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    data = {"kind": "quantize", "scheme": "int8_static", "calibration": {"data": "texts.txt"}}
+    assert _beside(data, file) == {**data, "calibration": {"data": str(tmp_path / "texts.txt")}}
+    assert _beside({"kind": "canonicalize"}, file) == {"kind": "canonicalize"}
+    assert _beside({**data, "calibration": {"data": ["a"]}}, file) == {**data, "calibration": {"data": ["a"]}}
