@@ -248,14 +248,17 @@ def decoder(results: Results, folder: Path) -> None:
         }
         for start in range(0, 1024, 256)
     ]
-    smooth = {"kind": "smooth_activations", "strength": 0.7, "calibration": {"data": data, "samples": 4}}
+    smooth = {
+        "kind": "smooth_activations", "strength": 0.7, "modules": ["model.layers.*"],
+        "calibration": {"data": data, "samples": 4},
+    }  # fmt: skip
     integers = {
-        "kind": "quantize", "scheme": "int8_dynamic",
-        "overrides": {"*down_proj": "int8_token", "model.embed_tokens": "int8_token"},
+        "kind": "quantize", "scheme": "int8_dynamic", "bits": 8, "group": 64,
+        "overrides": {"*down_proj": "int8_token", "model.embed_tokens": "weight_only"},
     }  # fmt: skip
     packed = {"kind": "quantize", "scheme": "weight_only", "budget": {"metric": "cosine", "limit": 0.5}}
     schemes: dict[str, list[dict[str, Any]]] = {
-        FP32: [], W8A8: [smooth, integers], W8: [{**packed, "bits": 8}], W4: [{**packed, "bits": 4}],
+        FP32: [], W8A8: [smooth, integers], W8: [{**packed, "bits": 8, "group": 64}], W4: [{**packed, "bits": 4}],
     }  # fmt: skip
     engines, losses = {}, {}
     table = Table("SmolLM2 quantized: perplexity and size", "model")

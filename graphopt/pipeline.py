@@ -49,6 +49,10 @@ class Context:
     progress: Callable[[float], None] = lambda done: None
     notes: list[str] = field(default_factory=list)
     layers: list[LayerPrecision] = field(default_factory=list)
+    modules: set[str] = field(default_factory=set)
+    """The paths of modules that a pass has met so far."""
+    is_last: bool = True
+    """Whether no other graph comes after this one: a pass runs on a graph, then on its prologue."""
 
     def calibrate(self, graph: Graph, config: Calibration, taps: Iterable[Tapped]) -> dict[str, Tensor]:
         """The magnitude up to which each tapped value is to be kept: see :func:`graphopt.calibration.calibrate`."""
@@ -321,11 +325,14 @@ def _run_one(graph: Graph, step: Pass, context: Context) -> PassReport:
     parameters, size = _parameters(graph), graph.weight_bytes
     context.notes.clear()
     context.layers.clear()
+    context.modules.clear()
     start = time.perf_counter()
     with paused_collector():
         before = graph.prologue
+        context.is_last = before is None
         log = step.run(graph, context)
         if before is not None:
+            context.is_last = True
             log.add(step.run(before, context))
         graph.verify()
     seconds = time.perf_counter() - start

@@ -30,10 +30,9 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from graphopt.calibration import Tapped
-from graphopt.errors import PassError, nearest
 from graphopt.ir import Graph, Node, Value, Weight
 from graphopt.parity import Contract
-from graphopt.passes.quantized_weights import Quantized, module_of, packed_groups, quantized_rows
+from graphopt.passes.quantized_weights import Quantized, module_of, packed_groups, quantized_rows, refuse_unknown
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 from graphopt.schemas.calibration import Calibration
@@ -94,7 +93,8 @@ class Quantize(Pass):
             log.matches[scheme] = log.matches.get(scheme, 0) + 1
         tables = [node for node in graph.nodes if _is_lookup(graph, node)] if self.embeddings else []
         for node in tables:
-            context.layers.append(LayerPrecision(module=module_of(node), precision="int8 rows"))
+            precision = "as its linear" if writer.has(node.args["weight"]) else "int8 rows"
+            context.layers.append(LayerPrecision(module=module_of(node), precision=precision))
             writer.look_up(node)
         if tables:
             log.matches["embedding"] = len(tables)
@@ -104,7 +104,7 @@ class Quantize(Pass):
     def _choose(self, graph: Graph, log: RewriteLog, context: Context) -> dict[Node, Scheme]:
         """What becomes of each linear, and the report of it."""
         linears = {node: module_of(node) for node in graph.nodes if _is_linear(graph, node)}
-        self._refuse_unknown(list(linears.values()))
+        refuse_unknown(self.kind, (*self.modules, *self.skip, *self.overrides), list(linears.values()), context)
         chosen: dict[Node, Scheme] = {}
         for node, path in linears.items():
             reason = self._reason_not_to(node, path)
@@ -116,13 +116,6 @@ class Quantize(Pass):
             precision = self._precision(scheme) if reason is None else FLOAT
             context.layers.append(LayerPrecision(module=path, precision=precision, reason=reason))
         return chosen
-
-    def _refuse_unknown(self, paths: Sequence[str]) -> None:
-        for pattern in (*self.modules, *self.skip, *self.overrides):
-            if pattern != "*" and not fnmatch.filter(paths, pattern):
-                raise PassError(
-                    f"no linear's module matches {pattern!r}", where=self.kind, hint=nearest(pattern, paths)
-                )
 
     def _reason_not_to(self, node: Node, path: str) -> str | None:
         weight: Value = node.args["weight"]
@@ -214,21 +207,26 @@ class _Writer:
             self.weights[key] = make.added_to(self.graph, weight.name)
         return self.weights[key]
 
+    def has(self, weight: Value) -> bool:
+        """Whether a weight is there in integers."""
+        return any(name == weight.name for name, _ in self.weights)
+
     def look_up(self, node: Node) -> None:
-        """Look rows up in integers; the table of a linear that was quantized by rows is its weight."""
-        quantized = self._weight(node.args["weight"], "rows")
+        """Look rows up in integers; the table of a linear that was quantized is that linear's weight."""
+        table, places = node.args["weight"], node.args["indices"]
+        form: Literal["rows", "packed"] = "packed" if (table.name, "packed") in self.weights else "rows"
+        quantized = self._weight(table, form).args
 
-        def look_up(table: Value) -> Value:
-            args = {**node.args, "weight": table}
-            return self.graph.insert(node.op, args, before=node, origin=(*node.origin, "quantize")).output
+        def insert(op: str, **args: object) -> Value:
+            return self.graph.insert(op, args, before=node, origin=(*node.origin, "quantize")).output
 
-        column = self.graph.insert(
-            "aten.unsqueeze.default", {"self": quantized.args["scale"], "dim": 1}, before=node, origin=node.origin
-        ).output
-        rows, scales = look_up(quantized.args["weight"]), look_up(column)
-        made = self.graph.insert(
-            "graphopt.dequantize.default", {"x": rows, "scale": scales}, before=node, origin=(*node.origin, "quantize")
-        ).output
+        if form == "packed":
+            parts = {name: insert("aten.index.Tensor", self=own, indices=(places,)) for name, own in quantized.items()}
+            made = insert("graphopt.unpack_rows.default", **parts, bits=self.bits, features=table.type.shape[1])
+        else:
+            column = insert("aten.unsqueeze.default", self=quantized["scale"], dim=1)
+            rows, scales = (insert(node.op, **{**node.args, "weight": own}) for own in (quantized["weight"], column))
+            made = insert("graphopt.dequantize.default", x=rows, scale=scales)
         self.graph.replace(node.output, made)
         self.graph.take_name(made, node.output)
         self.graph.remove(node)

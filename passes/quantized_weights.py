@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphopt.dims import Size
+from graphopt.errors import PassError, nearest
 from graphopt.ir import Graph, Node, TensorType, Value, Weight
+from graphopt.pipeline import Context
 
 LEVELS = 127
 T = TypeVar("T")
@@ -45,6 +48,17 @@ def module_of(node: Node) -> str:
     """The path of the module that a node's weight belongs to."""
     name: str = node.args["weight"].name
     return name.removesuffix(".weight").replace(".weight_and_", "+")
+
+
+def refuse_unknown(kind: str, patterns: Sequence[str], paths: Sequence[str], context: Context) -> None:
+    """PassError for a pattern that no linear's module matches, here or in the graph that runs before (which comes after)."""
+    context.modules.update(paths)
+    if context.is_last:
+        for pattern in patterns:
+            if pattern != "*" and not fnmatch.filter(context.modules, pattern):
+                raise PassError(
+                    f"no linear's module matches {pattern!r}", where=kind, hint=nearest(pattern, context.modules)
+                )
 
 
 def quantized_rows(weight: Weight) -> Parts:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphopt.calibration import Tapped
 from graphopt.ir import Graph, Node, Value, Weight, map_arg
-from graphopt.passes.quantized_weights import module_of, row_scale
+from graphopt.passes.quantized_weights import module_of, refuse_unknown, row_scale
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 from graphopt.schemas.calibration import Calibration
@@ -52,21 +52,27 @@ class SmoothActivations(Pass):
 
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
-        groups = {x: group for x, group in _groups(graph).items() if self._are_meant(group)}
+        groups = _groups(graph)
+        paths = [module_of(node) for group in groups.values() for node in group]
+        refuse_unknown(self.kind, self.modules, paths, context)
+        groups = {x: group for x, group in groups.items() if self._are_meant(group)}
         taps = [Tapped(x.name, (len(x.type.shape) - 1,)) for x in groups]
         largest = context.calibrate(graph, self.calibration, taps)
         samples: Mapping[str, Tensor] = {}
         if self.strength == "search":
             samples = context.sample(graph, self.calibration, [x.name for x in groups], self.rows)
         for x, group in groups.items():
-            reason = _reason_not_to(group)
+            reason = _reason_not_to(graph, group)
             if reason is not None:
                 log.refusals.append(Refused("SmoothActivations", group[0].where, reason))
                 continue
             factors = self._factors(graph, group, largest[x.name], samples.get(x.name), context)
-            rule = "folded" if _divide(graph, x, group, factors) else "inserted"
+            if factors is None:
+                continue
+            own = group[0].args["input"]  # a product by now, if its table was divided for another group
+            rule = "folded" if _divide(graph, own, group, factors) else "inserted"
             log.matches[rule] = log.matches.get(rule, 0) + 1
-            for node in group:
+            for node in {node.args["weight"]: node for node in group}.values():
                 _scale_columns(graph, node, factors)
         graph.prune()
         return log
@@ -76,7 +82,8 @@ class SmoothActivations(Pass):
 
     def _factors(
         self, graph: Graph, group: Sequence[Node], largest: Tensor, sample: Tensor | None, context: Context
-    ) -> Tensor:
+    ) -> Tensor | None:
+        """What to divide the channels by; None if the search found nothing better than the channels as they are."""
         weight = torch.cat([_weight(graph, node) for node in group])
         if sample is None:
             assert isinstance(self.strength, float | int)
@@ -92,7 +99,7 @@ class SmoothActivations(Pass):
         names = ", ".join(module_of(node) for node in group)
         gain = f"strength {best:g}, error {errors[best] / none:.2f} of that without" if kept else "as they are"
         context.notes.append(f"{names}: {gain}")
-        return smoothing(largest, weight, best) if kept else torch.ones_like(largest)
+        return smoothing(largest, weight, best) if kept else None
 
 
 def smoothing(largest: Tensor, weight: Tensor, strength: float) -> Tensor:
@@ -120,14 +127,17 @@ def _groups(graph: Graph) -> dict[Value, list[Node]]:
     """Linears with weights of the graph, by their input."""
     found: dict[Value, list[Node]] = {}
     for node in graph.nodes:
-        if node.op == "aten.linear.default" and graph.weight_of(node.args["weight"]) is not None:
+        is_linear = node.op == "aten.linear.default" and graph.weight_of(node.args["weight"]) is not None
+        if is_linear and len(node.args["weight"].type.shape) == 2:
             found.setdefault(node.args["input"], []).append(node)
     return found
 
 
-def _reason_not_to(group: Sequence[Node]) -> str | None:
+def _reason_not_to(graph: Graph, group: Sequence[Node]) -> str | None:
     for node in group:
-        if any(user not in group and user.op != LOOKUP for user in node.args["weight"].users):
+        weight = node.args["weight"]
+        elsewhere = any(user not in group and user.op != LOOKUP for user in weight.users)
+        if elsewhere or graph.is_output(weight):
             return f"%{node.args['weight'].name} is read elsewhere as well"
     return None
 
@@ -165,7 +175,7 @@ def _product(graph: Graph, value: Value, factors: Tensor, users: Sequence[Node])
 
 def _divide(graph: Graph, x: Value, group: Sequence[Node], factors: Tensor) -> bool:
     """Divide the channels of ``x`` where they are made; if that cannot be, by a product in between, and say so."""
-    made = _maker(graph, x)
+    made = _maker(graph, x, group)
     if made is None:
         _product(graph, x, factors, group)
         return False
@@ -181,27 +191,33 @@ def _divided(weight: Tensor, factors: Tensor) -> Tensor:
     return weight / own.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _maker(graph: Graph, x: Value) -> tuple[Node, list[str]] | None:
+def _maker(graph: Graph, x: Value, group: Sequence[Node]) -> tuple[Node, list[str]] | None:
     """The node with the weights that give ``x`` the magnitudes of its channels, and which of its weights those are."""
     node = x.producer
-    if node is None or graph.is_output(x) or any(user.op != "aten.linear.default" for user in x.users):
+    if node is None or graph.is_output(x) or any(user not in group for user in x.users):
         return None
     if node.op.rpartition(".")[0] in _NORMS and x is node.outputs[0]:
         parts = [part for part in ("weight", "bias") if node.args.get(part) is not None]
-        return (node, parts) if "weight" in parts and _are_own(graph, node, parts) else None
+        one_axis = all(len(node.args[part].type.shape) == 1 for part in parts)
+        return (node, parts) if "weight" in parts and one_axis and _are_own(graph, node, parts) else None
     if node.op == "graphopt.gated_activation.default":
-        return _linear_behind(graph, node.args["up"])
+        return _linear_behind(graph, node.args["up"], x)
     if node.op == "aten.mul.Tensor":
         makers = (
-            _linear_behind(graph, node.args[name]) for name in ("self", "other") if isinstance(node.args[name], Value)
+            _linear_behind(graph, node.args[name], x)
+            for name in ("self", "other")
+            if isinstance(node.args[name], Value)
         )
         return next((maker for maker in makers if maker is not None), None)
     return None
 
 
-def _linear_behind(graph: Graph, value: Value) -> tuple[Node, list[str]] | None:
+def _linear_behind(graph: Graph, value: Value, x: Value) -> tuple[Node, list[str]] | None:
+    """The linear whose rows are the channels of ``x``, if nothing else reads them."""
     node = value.producer
-    if node is None or node.op != "aten.linear.default" or len(value.users) > 1 or graph.is_output(value):
+    if node is None or node.op != "aten.linear.default" or sum(value.users.values()) > 1 or graph.is_output(value):
+        return None
+    if value.type.shape[-1] != x.type.shape[-1]:
         return None
     parts = [part for part in ("weight", "bias") if node.args[part] is not None]
     return (node, parts) if _are_own(graph, node, parts) else None
@@ -209,7 +225,11 @@ def _linear_behind(graph: Graph, value: Value) -> tuple[Node, list[str]] | None:
 
 def _are_own(graph: Graph, node: Node, parts: Sequence[str]) -> bool:
     """Whether a node's weights are of the model, and read by it alone."""
-    return all(graph.weight_of(node.args[part]) is not None and len(node.args[part].users) == 1 for part in parts)
+    weights = [node.args[part] for part in parts]
+    return all(
+        graph.weight_of(weight) is not None and sum(weight.users.values()) == 1 and not graph.is_output(weight)
+        for weight in weights
+    )
 
 
 def _change(graph: Graph, node: Node, part: str, change: Callable[[Tensor], Tensor]) -> None:

@@ -73,9 +73,12 @@ def _dynamic_linear(e: Emitter, node: Node) -> Lowered:
         zero, step = e.constant(np.array(128, np.uint8)), e.op("Mul", largest, e.constant(1 / 127, x.type.dtype))
     else:
         own, step, zero = dynamic(e, x)
-    product = e.op("MatMulInteger", own, turned(e, e.value(weight)), zero)
-    both = e.op("Mul", step, e.value(scale))
-    return with_bias(e, e.op("Mul", e.cast(product, torch.int32, x.type.dtype), both), bias)
+    product = e.cast(e.op("MatMulInteger", own, turned(e, e.value(weight)), zero), torch.int32, x.type.dtype)
+    if node.args["per_token"]:  # in two products, because onnxruntime takes one by both for a single scale
+        scaled = e.op("Mul", e.op("Mul", product, e.value(scale)), step)
+    else:
+        scaled = e.op("Mul", product, e.op("Mul", step, e.value(scale)))
+    return with_bias(e, scaled, bias)
 
 
 def by_token(e: Emitter, x: Value) -> tuple[ir.Value, ir.Value]:
@@ -108,3 +111,24 @@ def turned(e: Emitter, weight: ir.Value) -> ir.Value:
 
 def with_bias(e: Emitter, product: ir.Value, bias: Value | None) -> ir.Value:
     return product if bias is None else e.op("Add", product, e.value(bias))
+
+
+@lowers("graphopt.unpack_rows")
+def _unpack_rows(e: Emitter, node: Node) -> Lowered:
+    packed, scales, bits, features = (node.args[name] for name in ("packed", "scales", "bits", "features"))
+    dtype, lead = scales.type.dtype, scales.type.shape
+    numbers = e.value(packed)
+    last = e.constant(np.array([-1], np.int64))
+    if bits == 4:
+        low = e.op("BitwiseAnd", numbers, e.constant(np.array(15, np.uint8)))
+        high = e.op("BitShift", numbers, e.constant(np.array(4, np.uint8)), direction="RIGHT")
+        pairs = e.op("Concat", e.op("Unsqueeze", low, last), e.op("Unsqueeze", high, last), axis=-1)
+        numbers = e.reshape(pairs, (*lead, packed.type.shape[-1] * 2))
+    centered = e.op("Sub", e.cast(numbers, torch.uint8, dtype), e.constant(float(2 ** (bits - 1)), dtype))
+    rows = e.op("Mul", centered, e.op("Unsqueeze", e.value(scales), last))
+    width = lead[-1] * packed.type.shape[-1] * 8 // bits
+    flat = e.reshape(rows, (*lead[:-1], width))
+    if features == width:
+        return flat
+    ends = [e.constant(np.array([number], np.int64)) for number in (0, features, -1)]
+    return e.op("Slice", flat, *ends)

@@ -2,6 +2,15 @@
 
 from graphopt.ops.attention import visible_keys
 from graphopt.ops.library import SHAPES
-from graphopt.ops.quantization import dequantize, dynamic_linear, packed_linear, quantize, static_linear
+from graphopt.ops.quantization import dequantize, dynamic_linear, packed_linear, quantize, static_linear, unpack_rows
 
-__all__ = ["SHAPES", "dequantize", "dynamic_linear", "packed_linear", "quantize", "static_linear", "visible_keys"]
+__all__ = [
+    "SHAPES",
+    "dequantize",
+    "dynamic_linear",
+    "packed_linear",
+    "quantize",
+    "static_linear",
+    "unpack_rows",
+    "visible_keys",
+]

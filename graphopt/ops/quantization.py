@@ -154,3 +154,23 @@ def unpacked(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) ->
     numbers = torch.stack([packed & 15, packed >> 4], -1).flatten(2) if bits == 4 else packed
     middle = torch.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros.to(scales.dtype)
     return ((numbers.to(scales.dtype) - middle[..., None]) * scales[..., None]).flatten(1)
+
+
+def _unpack_shapes(args: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    packed, scales, bits, features = (args[name] for name in ("packed", "scales", "bits", "features"))
+    if bits not in (4, 8) or packed.dtype != torch.uint8 or packed.shape[:-1] != scales.shape:
+        raise ValueError(
+            f"packed {list(packed.shape)} ({packed.dtype}) and scales {list(scales.shape)} do not fit together"
+        )
+    if not 0 < features <= packed.shape[-2] * packed.shape[-1] * 8 // bits:
+        raise ValueError(f"packed {list(packed.shape)} does not hold {features} features")
+    return (scales.new_empty((*packed.shape[:-2], features)),)
+
+
+@own_op("(Tensor packed, Tensor scales, *, int bits, int features) -> Tensor", _unpack_shapes)
+def unpack_rows(packed: Tensor, scales: Tensor, *, bits: int, features: int) -> Tensor:
+    """Rows of a weight that is packed in groups: packed uint8 ``[..., G, block * bits / 8]``, scales ``[..., G]``; result
+    ``[..., features]`` in the scales' dtype. Zero is ``2 ** (bits - 1)``."""
+    numbers = torch.stack([packed & 15, packed >> 4], -1).flatten(-2) if bits == 4 else packed
+    rows: Tensor = (numbers.to(scales.dtype) - 2 ** (bits - 1)) * scales[..., None]
+    return rows.flatten(-2)[..., :features]
