@@ -44,9 +44,17 @@ class FuseCachedAttention(Rule):
         past_v: TensorHole,
         starts: TensorHole,
     ) -> Any:
-        keys = op.graphopt.kv_cache_update(past_k, k, starts)
-        values = op.graphopt.kv_cache_update(past_v, v, starts)
-        return op.graphopt.attention(q, keys, values, ...), keys, values
+        keys = op.graphopt.kv_cache_update(past_k, self.stored(op, k), starts)
+        values = op.graphopt.kv_cache_update(past_v, self.stored(op, v), starts)
+        return op.graphopt.attention(q, self.read(op, keys), self.read(op, values), ...), keys, values
+
+    def stored(self, op: Ops, new: Any) -> Any:
+        """What the cache is given of new keys or values."""
+        return new
+
+    def read(self, op: Ops, cache: Any) -> Any:
+        """What attention is given of the cache."""
+        return cache
 
     def scales(self, m: Match) -> dict[str, Value]:
         """What int8 caches are scaled by."""
@@ -103,19 +111,11 @@ class FuseInt8CachedAttention(FuseCachedAttention):
 class FuseHalfCachedAttention(FuseCachedAttention):
     """attention(q, to(update(to(k))), to(update(to(v))))  ->  cached_attention(q, k, v), caches in the inner dtype"""
 
-    def pattern(
-        self,
-        op: Ops,
-        q: TensorHole,
-        k: TensorHole,
-        v: TensorHole,
-        past_k: TensorHole,
-        past_v: TensorHole,
-        starts: TensorHole,
-    ) -> Any:
-        keys = op.graphopt.kv_cache_update(past_k, op.to.dtype(k, ...), starts)
-        values = op.graphopt.kv_cache_update(past_v, op.to.dtype(v, ...), starts)
-        return op.graphopt.attention(q, op.to.dtype(keys, ...), op.to.dtype(values, ...), ...), keys, values
+    def stored(self, op: Ops, new: Any) -> Any:
+        return op.to.dtype(new, ...)
+
+    def read(self, op: Ops, cache: Any) -> Any:
+        return op.to.dtype(cache, ...)
 
 
 def _turned(value: Value) -> Value | None:
