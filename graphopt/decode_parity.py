@@ -1,7 +1,7 @@
 """Whether an engine with a cache generates what eager does: greedy tokens, and the logits on the way.
 
 parity = decode_parity(model, graphopt.load("engine"), [[5, 6, 7], [8]], steps=128)
-assert parity.holds, parity.first_difference
+assert parity.holds, parity.rows
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import shutil
@@ -95,11 +94,11 @@ def cache_folder() -> Path:
 def from_gguf(path: Path) -> Path:
     """The directory with a GGUF file's model in fp32 safetensors; converted once (20 to 30 s for 135M parameters), kept by
     the file's digest."""
+    from graphopt.artifact import sha256
+
     if not path.is_file():
         raise ModelError(f"there is no file {path}", hint=_KINDS)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    kept = cache_folder() / "models" / f"{path.stem}-{digest[:16]}"
+    kept = cache_folder() / "models" / f"{path.stem}-{sha256(path)[:16]}"
     if (kept / "config.json").is_file():
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -19,11 +19,11 @@ from torch import Tensor
 from graphopt import attentions
 from graphopt.calibration import Tapped
 from graphopt.ir import Graph, Node, Value, Weight
+from graphopt.passes.quantized_weights import LEVELS
 from graphopt.pipeline import Context
 from graphopt.schemas.calibration import Calibration
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_LEVELS = 127
 _ORIGIN = "insert_kv_cache"
 
 
@@ -79,5 +79,5 @@ def calibrated(graph: Graph, context: Context, config: Calibration, each: Litera
 def _scale(largest: Tensor) -> Tensor:
     """``[1, H, 1, D or 1]``; where a channel is always 0 any scale will do."""
     smallest = torch.finfo(torch.float32).eps * largest.max()
-    scale = largest.maximum(smallest) / _LEVELS
+    scale = largest.maximum(smallest) / LEVELS
     return scale[None, :, None, None] if scale.ndim == 1 else scale[None, :, None, :]

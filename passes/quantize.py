@@ -32,7 +32,15 @@ from torch import Tensor
 from graphopt.calibration import Tapped
 from graphopt.ir import Graph, Node, Value, Weight
 from graphopt.parity import Contract
-from graphopt.passes.quantized_weights import Quantized, module_of, packed_groups, quantized_rows, refuse_unknown
+from graphopt.passes.quantized_weights import (
+    LEVELS,
+    is_linear,
+    matches,
+    module_of,
+    packed_groups,
+    quantized_rows,
+    refuse_unknown,
+)
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 from graphopt.schemas.calibration import Calibration
@@ -103,7 +111,7 @@ class Quantize(Pass):
 
     def _choose(self, graph: Graph, log: RewriteLog, context: Context) -> dict[Node, Scheme]:
         """What becomes of each linear, and the report of it."""
-        linears = {node: module_of(node) for node in graph.nodes if _is_linear(graph, node)}
+        linears = {node: module_of(node) for node in graph.nodes if is_linear(graph, node)}
         refuse_unknown(self.kind, (*self.modules, *self.skip, *self.overrides), list(linears.values()), context)
         chosen: dict[Node, Scheme] = {}
         for node, path in linears.items():
@@ -119,9 +127,9 @@ class Quantize(Pass):
 
     def _reason_not_to(self, node: Node, path: str) -> str | None:
         weight: Value = node.args["weight"]
-        if not _matches(path, self.modules):
+        if not matches(path, self.modules):
             return "not among modules"
-        if _matches(path, self.skip):
+        if matches(path, self.skip):
             return "skipped"
         count = weight.type.shape[0] * weight.type.shape[1]
         if isinstance(count, int) and count < self.min_weights:
@@ -145,17 +153,6 @@ class Quantize(Pass):
         return context.calibrate(graph, self.calibration, [Tapped(name) for name in names])
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
-
-
-def _is_linear(graph: Graph, node: Node) -> bool:
-    """A linear whose weight is a matrix of the model."""
-    if node.op != "aten.linear.default" or graph.weight_of(node.args["weight"]) is None:
-        return False
-    return len(node.args["weight"].type.shape) == 2
-
-
 def _is_lookup(graph: Graph, node: Node) -> bool:
     """A large table of the model that tokens are looked up in."""
     if node.op != "aten.embedding.default" or graph.weight_of(node.args["weight"]) is None:
@@ -170,12 +167,12 @@ class _Writer:
     def __init__(self, graph: Graph, bits: int, group: int, largest: Mapping[str, Tensor]) -> None:
         self.graph, self.bits, self.group, self.largest = graph, bits, group, largest
         self.inputs: dict[str, tuple[Value, Value]] = {}
-        self.weights: dict[tuple[str, str], Quantized] = {}
+        self.weights: dict[tuple[str, str], dict[str, Value]] = {}
 
     def replace(self, node: Node, scheme: Scheme) -> None:
         x, bias = node.args["input"], node.args["bias"]
         weight = self._weight(node.args["weight"], "packed" if scheme == "weight_only" else "rows")
-        parts = {"bias": bias, **weight.args}
+        parts = {"bias": bias, **weight}
         if scheme == "int8_static":
             integers, scale = self._quantized_input(x, node)
             op, parts = "graphopt.static_linear.default", {"x": integers, "x_scale": scale, **parts}
@@ -183,22 +180,25 @@ class _Writer:
             op, parts = "graphopt.dynamic_linear.default", {"x": x, **parts, "per_token": scheme == "int8_token"}
         else:
             op, parts = "graphopt.packed_linear.default", {"x": x, **parts, "bits": self.bits, "block": self.group}
-        made = self.graph.insert(op, parts, before=node, origin=(*node.origin, "quantize")).output
+        self._put(self._insert(op, node, **parts), node)
+
+    def _insert(self, op: str, before: Node, /, **args: object) -> Value:
+        return self.graph.insert(op, args, before=before, origin=(*before.origin, "quantize")).output
+
+    def _put(self, made: Value, node: Node) -> None:
+        """Let a value stand in a node's place, under its name."""
         self.graph.replace(node.output, made)
         self.graph.take_name(made, node.output)
         self.graph.remove(node)
 
     def _quantized_input(self, x: Value, node: Node) -> tuple[Value, Value]:
         if x.name not in self.inputs:
-            scale = Weight.of((self.largest[x.name] / 127).to(x.type.dtype))
+            scale = Weight.of((self.largest[x.name] / LEVELS).to(x.type.dtype))
             own = self.graph.add_weight(self.graph.unique(f"{x.name}.scale"), scale)
-            made = self.graph.insert(
-                "graphopt.quantize.default", {"x": x, "scale": own}, before=node, origin=(*node.origin, "quantize")
-            )
-            self.inputs[x.name] = made.output, own
+            self.inputs[x.name] = self._insert("graphopt.quantize.default", node, x=x, scale=own), own
         return self.inputs[x.name]
 
-    def _weight(self, weight: Value, form: Literal["rows", "packed"]) -> Quantized:
+    def _weight(self, weight: Value, form: Literal["rows", "packed"]) -> dict[str, Value]:
         key = weight.name, form
         if key not in self.weights:
             own = self.graph.weight_of(weight)
@@ -215,18 +215,20 @@ class _Writer:
         """Look rows up in integers; the table of a linear that was quantized is that linear's weight."""
         table, places = node.args["weight"], node.args["indices"]
         form: Literal["rows", "packed"] = "packed" if (table.name, "packed") in self.weights else "rows"
-        quantized = self._weight(table, form).args
-
-        def insert(op: str, **args: object) -> Value:
-            return self.graph.insert(op, args, before=node, origin=(*node.origin, "quantize")).output
+        quantized = self._weight(table, form)
 
         if form == "packed":
-            parts = {name: insert("aten.index.Tensor", self=own, indices=(places,)) for name, own in quantized.items()}
-            made = insert("graphopt.unpack_rows.default", **parts, bits=self.bits, features=table.type.shape[1])
+            parts = {
+                name: self._insert("aten.index.Tensor", node, self=own, indices=(places,))
+                for name, own in quantized.items()
+            }
+            made = self._insert(
+                "graphopt.unpack_rows.default", node, **parts, bits=self.bits, features=table.type.shape[1]
+            )
         else:
-            column = insert("aten.unsqueeze.default", self=quantized["scale"], dim=1)
-            rows, scales = (insert(node.op, **{**node.args, "weight": own}) for own in (quantized["weight"], column))
-            made = insert("graphopt.dequantize.default", x=rows, scale=scales)
-        self.graph.replace(node.output, made)
-        self.graph.take_name(made, node.output)
-        self.graph.remove(node)
+            column = self._insert("aten.unsqueeze.default", node, self=quantized["scale"], dim=1)
+            rows, scales = (
+                self._insert(node.op, node, **{**node.args, "weight": own}) for own in (quantized["weight"], column)
+            )
+            made = self._insert("graphopt.dequantize.default", node, x=rows, scale=scales)
+        self._put(made, node)

@@ -22,26 +22,28 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """The operands of a linear that hold its weight, by argument name."""
-
-    args: dict[str, Value]
-
-
-@dataclass(frozen=True)
 class Parts:
-    """The same before they are in a graph; the suffix of each part's name."""
+    """The operands of a linear that hold its weight, by argument name, each with the suffix of its name."""
 
     weights: dict[str, tuple[str, Weight]]
 
-    def added_to(self, graph: Graph, name: str) -> Quantized:
+    def added_to(self, graph: Graph, name: str) -> dict[str, Value]:
         stem = name.removesuffix(".weight")
-        return Quantized(
-            {
-                argument: graph.add_weight(graph.unique(f"{stem}.{suffix}"), weight)
-                for argument, (suffix, weight) in self.weights.items()
-            }
-        )
+        return {
+            argument: graph.add_weight(graph.unique(f"{stem}.{suffix}"), weight)
+            for argument, (suffix, weight) in self.weights.items()
+        }
+
+
+def is_linear(graph: Graph, node: Node) -> bool:
+    """A linear whose weight is a matrix of the model."""
+    if node.op != "aten.linear.default" or graph.weight_of(node.args["weight"]) is None:
+        return False
+    return len(node.args["weight"].type.shape) == 2
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 
 def module_of(node: Node) -> str:

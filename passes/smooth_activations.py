@@ -13,7 +13,6 @@ channels where that can take it, a norm's weight or the rows of an earlier linea
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from graphopt.calibration import Tapped
 from graphopt.ir import Graph, Node, Value, Weight, map_arg
-from graphopt.passes.quantized_weights import module_of, refuse_unknown, row_scale
+from graphopt.passes.quantized_weights import LEVELS, is_linear, matches, module_of, refuse_unknown, row_scale
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 from graphopt.schemas.calibration import Calibration
@@ -78,7 +77,7 @@ class SmoothActivations(Pass):
         return log
 
     def _are_meant(self, group: Sequence[Node]) -> bool:
-        return all(any(fnmatch.fnmatch(module_of(node), pattern) for pattern in self.modules) for node in group)
+        return all(matches(module_of(node), self.modules) for node in group)
 
     def _factors(
         self, graph: Graph, group: Sequence[Node], largest: Tensor, sample: Tensor | None, context: Context
@@ -115,10 +114,12 @@ def _error(sample: Tensor, weight: Tensor, factors: Tensor, largest: Tensor | No
     """How far products of a sample are off with both sides rounded to 8 bits, as a share of each token's own: few tokens with
     large numbers must not decide for all. Inputs are rounded by the ``largest`` of all channels, or by token."""
     smooth = sample / factors
-    step = (smooth.abs().amax(1, keepdim=True) if largest is None else (largest / factors).max()).clamp(min=1e-30) / 127
+    step = (smooth.abs().amax(1, keepdim=True) if largest is None else (largest / factors).max()).clamp(
+        min=1e-30
+    ) / LEVELS
     own = weight * factors
     scale = row_scale(own)[:, None]
-    product = (smooth / step).round().clamp(-127, 127) * step @ ((own / scale).round() * scale).T
+    product = (smooth / step).round().clamp(-LEVELS, LEVELS) * step @ ((own / scale).round() * scale).T
     expected = sample @ weight.T
     return float(((product - expected).square().sum(1) / expected.square().sum(1).clamp(min=1e-30)).mean())
 
@@ -127,8 +128,7 @@ def _groups(graph: Graph) -> dict[Value, list[Node]]:
     """Linears with weights of the graph, by their input."""
     found: dict[Value, list[Node]] = {}
     for node in graph.nodes:
-        is_linear = node.op == "aten.linear.default" and graph.weight_of(node.args["weight"]) is not None
-        if is_linear and len(node.args["weight"].type.shape) == 2:
+        if is_linear(graph, node):
             found.setdefault(node.args["input"], []).append(node)
     return found
 

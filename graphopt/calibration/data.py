@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import zipfile
@@ -39,12 +38,14 @@ def batches(source: Source, config: Calibration) -> Iterator[Probe]:
 
 def digest(source: Source, config: Calibration) -> str | None:
     """What data, tokenizer and options are, for keeping results; None for what can be read only once."""
+    from graphopt.artifact import sha256
+
     if not isinstance(config.data, (str, Path)) or not Path(config.data).is_file():
         return None
     read = [Path(config.data)]
     if source.files is not None:
         read += [source.files / name for name in TOKENIZER_FILES if (source.files / name).is_file()]
-    content = " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in read)
+    content = " ".join(map(sha256, read))
     return f"{content} {config.model_dump_json(exclude={'data'})}"
 
 
