@@ -52,6 +52,7 @@ def compile(
     out.print(show.parity_table(compiled.report))
     out.print(show.tactics_table(compiled.report))
     out.print(show.layers_table(compiled.report))
+    out.print(show.sensitivity_table(compiled.report))
     out.print(show.refusals_table(compiled.report))
     out.print(f"[bold green]written[/] {show.escape(str(output))}", show.escape(repr(compiled.engine)), highlight=False)
 

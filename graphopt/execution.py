@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphopt import operators
 from graphopt.dims import Dim, evaluate, names_of, rest_of
 from graphopt.errors import InputError, nearest
-from graphopt.ir import DTYPE_NAMES, DimRange, Graph, TensorType, Value, map_arg
+from graphopt.ir import DTYPE_NAMES, DimRange, Graph, Node, TensorType, Value, map_arg
 
 Tap = Callable[[Value, Tensor], None]
 
@@ -75,6 +75,49 @@ def _signature(inputs: Mapping[str, TensorType]) -> str:
     return ", ".join(f"{name}: {type}" for name, type in inputs.items())
 
 
+class Run:
+    """One run of a graph, node by node: ``step`` each of ``graph.nodes`` in order, then ``outputs``. Values are kept as long as
+    something needs them; ``weights`` replaces the data of some or all of the graph's own."""
+
+    def __init__(self, graph: Graph, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> None:
+        given = {
+            name: (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for name, tensor in inputs.items()
+        }
+        declared = {name: value.type for name, value in graph.inputs.items()}
+        self._graph, self._env = graph, bind_dims(declared, graph.dims, given)
+        self._device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
+        self.values: dict[Value, Tensor] = {graph.value(name): tensor for name, tensor in inputs.items()}
+        for name, weight in graph.weights.items():
+            own = weights[name] if weights and name in weights else weight.load().to(self._device)
+            self.values[graph.value(name)] = own
+        self._pending = {value: sum(value.users.values()) for value in graph.values.values()}
+        for value in graph.outputs.values():
+            self._pending[value] += 1
+
+    def step(self, node: Node) -> tuple[Tensor, ...]:
+        """Compute a node, and let go of what nothing needs any more."""
+        results = operators.call(
+            node.op, {name: map_arg(arg, self._real) for name, arg in node.args.items()}, self._device
+        )
+        for value, tensor in zip(node.outputs, results, strict=True):
+            if self._pending[value]:
+                self.values[value] = tensor
+        for operand in node.operands:
+            self._pending[operand] -= 1
+            if not self._pending[operand]:
+                del self.values[operand]
+        return tuple(results)
+
+    def outputs(self) -> dict[str, Tensor]:
+        return {name: self.values[value] for name, value in self._graph.outputs.items()}
+
+    def _real(self, leaf: Any) -> Any:
+        if isinstance(leaf, Value):
+            return self.values[leaf]
+        return leaf.evaluate(self._env) if isinstance(leaf, Dim) else leaf
+
+
 def run(
     graph: Graph,
     inputs: Mapping[str, Tensor],
@@ -84,35 +127,12 @@ def run(
 ) -> dict[str, Tensor]:
     """The outputs of the graph by name. ``tap`` sees every value that a node computes, in order; ``weights`` replaces the
     data of some or all of the graph's own. Inputs, weights and result live on one device: the inputs'."""
-    given = {
-        name: (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in inputs.items()
-    }
-    env: dict[str, Any] = bind_dims({name: value.type for name, value in graph.inputs.items()}, graph.dims, given)
-    device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
-    values: dict[Value, Tensor] = {graph.value(name): tensor for name, tensor in inputs.items()}
-    for name, weight in graph.weights.items():
-        values[graph.value(name)] = weights[name] if weights and name in weights else weight.load().to(device)
-    pending = {value: sum(value.users.values()) for value in graph.values.values()}
-    for value in graph.outputs.values():
-        pending[value] += 1
-
-    def real(leaf: Any) -> Any:
-        if isinstance(leaf, Value):
-            return values[leaf]
-        return leaf.evaluate(env) if isinstance(leaf, Dim) else leaf
-
+    own = Run(graph, inputs, weights)
     for node in graph.nodes:
-        results = operators.call(node.op, {name: map_arg(arg, real) for name, arg in node.args.items()}, device)
-        for value, tensor in zip(node.outputs, results, strict=True):
+        for value, tensor in zip(node.outputs, own.step(node), strict=True):
             if tap is not None:
                 tap(value, tensor)
-            if pending[value]:
-                values[value] = tensor
-        for operand in node.operands:
-            pending[operand] -= 1
-            if not pending[operand]:
-                del values[operand]
-    return {name: values[value] for name, value in graph.outputs.items()}
+    return own.outputs()
 
 
 class GraphModule(nn.Module):

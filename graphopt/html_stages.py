@@ -158,6 +158,7 @@ def _work(step: PassReport) -> Work:
         refused=count_text(len(step.refusals)) if step.refusals else "",
         notes=step.notes,
         layers=[(precision, reason, modules) for (precision, reason), modules in step.layers_by_precision.items()],
+        sensitivities=step.sensitivities,
         changes=[
             change_of("nodes", step.nodes_before, step.nodes_after),
             change_of("parameters", step.parameters_before, step.parameters_after),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from graphopt.schemas.pipeline import HIGHER_IS_BETTER
+from graphopt.schemas.report import Sensitivity
 
 #: The bar of a stage begins this many powers of ten below its limit, and ends one above.
 BAR_DECADES = 6
@@ -160,6 +161,7 @@ class Work:
     refused: str
     notes: list[str]
     layers: list[tuple[str, str, list[str]]]  # precision, reason, modules
+    sensitivities: list[Sensitivity]
     changes: list[Change]
     diff: Diff | None
 

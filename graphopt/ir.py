@@ -101,6 +101,11 @@ class Node:
         self._position = 0
 
     @property
+    def following(self) -> Node | None:
+        """The node after this one."""
+        return self._next
+
+    @property
     def output(self) -> Value:
         """The only output. GraphError if there are several."""
         if len(self.outputs) != 1:
@@ -380,6 +385,12 @@ class Graph:
         name = old.name
         self.rename(old, self.unique(name))
         self.rename(new, name)
+
+    def stand_in(self, made: Value, node: Node) -> None:
+        """Let a value stand in the place of a node with one output, under its name."""
+        self.replace(node.output, made)
+        self.take_name(made, node.output)
+        self.remove(node)
 
     def unique(self, name: str) -> str:
         if name not in self._values:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
+import reprlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -14,10 +15,10 @@ import networkx as nx
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from graphopt.calibration import Tapped, calibrate, sample
+from graphopt.calibration import Tapped, calibrate, feeds_of, in_order, means, sample, second_moments
 from graphopt.errors import CalibrationError, NoMatchError, ParityError, PipelineError, nearest
 from graphopt.execution import run
-from graphopt.ir import Graph
+from graphopt.ir import Graph, Node
 from graphopt.parity import Contract, Difference, Outputs, Probe, bisect, judge
 from graphopt.plugins import plugins
 from graphopt.rewrite import RewriteLog, Rule, apply_rules
@@ -61,6 +62,24 @@ class Context:
     def sample(self, graph: Graph, config: Calibration, names: Iterable[str], rows: int) -> dict[str, Tensor]:
         """Some of each value's numbers: see :func:`graphopt.calibration.sample`."""
         return sample(graph, self._model(), config, names, rows)
+
+    def second_moments(self, graph: Graph, config: Calibration, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The mean of ``x.T @ x`` of values: see :func:`graphopt.calibration.second_moments`."""
+        return second_moments(graph, self._model(), config, names, self.progress)
+
+    def means(self, graph: Graph, config: Calibration, names: Iterable[str]) -> dict[str, Tensor]:
+        """The mean of each channel of values: see :func:`graphopt.calibration.means`."""
+        return means(graph, self._model(), config, names, self.progress)
+
+    def in_order(
+        self, graph: Graph, config: Calibration, linears: Set[Node], change: Callable[[Node, Tensor], Tensor]
+    ) -> None:
+        """Change linears one after another: see :func:`graphopt.calibration.in_order`."""
+        in_order(graph, self._model(), config, linears, change, self.progress)
+
+    def feeds(self, graph: Graph, config: Calibration) -> Iterator[Probe]:
+        """The data as a graph takes it, a batch at a time."""
+        return feeds_of(graph, self._model(), config)
 
     def _model(self) -> Source:
         if self.source is None:
@@ -153,7 +172,9 @@ def validation_message(error: ValidationError, fields: Iterable[str]) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"there is no option {key!r}; {nearest(key, fields)}"
-    return f"{key}: {first['msg']} (got {first['input']!r})"
+    if not key:  # of the whole, whose options would be all of the message
+        return str(first["msg"])
+    return f"{key}: {first['msg']} (got {reprlib.repr(first['input'])})"
 
 
 def check_order(steps: Sequence[Pass], file: str, known: Mapping[str, type[Pass]]) -> None:

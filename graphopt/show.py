@@ -130,6 +130,22 @@ def layers_table(report: BuildReport) -> RenderableType:
     return table
 
 
+def sensitivity_table(report: BuildReport, most: int = 12) -> RenderableType:
+    """The most sensitive layers of passes that measured that; report.html has all."""
+    found = [each for step in report.passes for each in step.sensitivities]
+    if not found:
+        return NOTHING
+    table = _table("sensitivity: each layer alone in few bits", "layer", "precision", "metric", "loss", numbers=0)
+    for each in found[:most]:
+        bar = "█" * max(1, round(24 * each.share))
+        table.add_row(
+            each.module, f"[yellow]{each.precision}[/]" if each.kept else each.precision, f"{each.effect:.5g}", bar
+        )
+    if len(found) > most:
+        table.caption = f"{len(found) - most} more in report.html"
+    return table
+
+
 def probes_table(parity: StageParity) -> RenderableType:
     """Each output on each probe."""
     names = "x".join(parity.probes[0].sizes) if parity.probes else ""

@@ -102,9 +102,7 @@ def _merge(graph: Graph, group: list[Node], label: str) -> None:
     merged = graph.insert("aten.linear.default", args, before=first, origin=origin)
     parts = graph.insert("aten.split_with_sizes.default", _split(merged.output, weights), before=first, origin=origin)
     for node, part in zip(group, parts.outputs, strict=True):
-        graph.replace(node.output, part)
-        graph.take_name(part, node.output)
-        graph.remove(node)
+        graph.stand_in(part, node)
 
 
 def _split(merged: Value, weights: list[Weight]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Linears on integers: weights int8 by channel, or packed in groups; inputs int8 by calibration or by their own range.
+"""Linears in few bits: weights int8 by channel, or packed in groups; inputs by calibration, by their own range, or as they are.
 
 ``scheme: int8_static`` scales every input by the largest magnitude that calibration found::
 
@@ -6,54 +6,80 @@
         input=%x, weight=%w, bias=%b)        ->     %y = graphopt.static_linear.default(x=%i, x_scale=%x.scale,
                                                         weight=%w.int8, scale=%w.scale, bias=%b)
 
-``scheme: int8_dynamic`` by its own smallest and largest element, when it runs::
+``int8_smooth`` does so after the outliers of inputs were shared with weights (SmoothQuant: see ``smooth_activations``), and
+``fp8`` with numbers of float8_e4m3fn.
+
+``scheme: int8_dynamic`` scales by the input's own smallest and largest element, when it runs::
 
     %y = graphopt.dynamic_linear.default(x=%x, weight=%w.int8, scale=%w.scale, bias=%b)
 
 and ``scheme: int8_token`` each token by its own largest magnitude: ``per_token=true``, for the inputs where few tokens hold
-numbers that are far larger than all others (the last linears of a decoder's layers).
+numbers that are far larger than all others (the last linears of a decoder's layers). ``llm_int8`` does so for all features but
+those whose magnitude passes ``outliers`` in calibration; these stay in floats::
+
+    %r = aten.mul.Tensor(self=%x, other=%x.kept)               # 0 where %x.outliers are
+    %i = graphopt.dynamic_linear.default(x=%r, weight=%w.int8, scale=%w.scale, per_token=true)
+    %c = aten.index_select.default(self=%x, dim=2, index=%x.outliers)
+    %o = aten.linear.default(input=%c, weight=%w.outliers, bias=%b)
+    %y = aten.add.Tensor(self=%i, other=%o)
 
 ``scheme: weight_only`` leaves inputs as they are and packs weights of ``bits`` in groups of ``group`` input features::
 
     %y = graphopt.packed_linear.default(x=%x, packed=%w.packed, scales=%w.scales, bias=%b, bits=4, block=32)
 
-A table that embeds tokens and is a linear's weight as well stays one: rows are looked up in integers and scaled then.
+with zero points unless ``symmetric``. ``algorithm: rtn`` rounds to nearest; ``gptq`` lets the weights of later features make up
+for what earlier ones lost, layer after layer on what the layers before have made of the data; ``awq`` scales the features up
+that count most. ``nf4`` is the same with the numbers of NormalFloat, which are products of floats when they run.
+
+A table that embeds tokens and is a linear's weight as well stays one: rows are looked up in few bits and scaled then.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from graphopt.calibration import Tapped
-from graphopt.ir import Graph, Node, Value, Weight
+from graphopt.ir import Graph, Node, Value
 from graphopt.parity import Contract
+from graphopt.passes.linear_schemes import Measured, Writer
+from graphopt.passes.mixed_precision import fewest_kept
 from graphopt.passes.quantized_weights import (
-    LEVELS,
     is_linear,
     matches,
     module_of,
-    packed_groups,
-    quantized_rows,
     refuse_unknown,
 )
+from graphopt.passes.rescaling import (
+    by_input,
+    protecting,
+    reason_not_to,
+    rescale,
+    searched_smoothing,
+    smoothing,
+    weights_of,
+)
+from graphopt.passes.rounding import Grid, gptq, grid_of
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 from graphopt.schemas.calibration import Calibration
 from graphopt.schemas.pipeline import Budget
+from graphopt.schemas.quantization import Algorithm, AnyScheme, Bits, Group, LayerScheme, Scheme, Treatment
 from graphopt.schemas.report import LayerPrecision
 
-Scheme = Literal["int8_static", "int8_dynamic", "int8_token", "weight_only"]
-FLOAT = "fp32"
+FLOAT: Literal["fp32"] = "fp32"
 LARGE = 100_000  # numbers in a table that is worth fewer bits
+_STAYS = Treatment(scheme=FLOAT)
+_AGAINST_FAULTS = Budget(metric="cosine", limit=0.8)
 
 
 class Quantize(Pass):
-    """Linears on integers, where modules, overrides and sizes say so."""
+    """Linears in few bits, where modules, overrides, sizes and a budget say so."""
 
     kind: Literal["quantize"] = "quantize"
     scheme: Scheme
@@ -61,44 +87,84 @@ class Quantize(Pass):
     """The paths of modules that are quantized, with ``*`` and ``?``."""
     skip: tuple[str, ...] = ()
     """Those of them that stay as they are."""
-    overrides: dict[str, Scheme] = Field(default_factory=dict)
-    """Another scheme for modules whose path matches; the last one that does."""
+    overrides: dict[str, AnyScheme] = Field(default_factory=dict)
+    """Another scheme for modules whose path matches, by name or with ``bits``, ``group`` ... of its own; the last that does."""
     min_weights: PositiveInt = 1
     """Linears with fewer weights stay as they are."""
-    bits: Literal[4, 8] = 4
+    bits: Bits = 4
     """Of packed weights."""
-    group: Literal[16, 32, 64, 128, 256] = 32
+    group: Group = 32
     """How many input features share a scale in packed weights."""
+    symmetric: bool = True
+    """Packed weights without zero points."""
+    algorithm: Algorithm = "rtn"
+    """How packed weights are rounded."""
+    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    """``int8_smooth``: how much of the inputs' magnitudes moves into the weights; ``search``: for each input what loses least."""
+    outliers: PositiveFloat = 6.0
+    """``llm_int8``: features with larger magnitudes stay in floats."""
+    reduce_range: bool = False
+    """int8 weights of 7 bits: for x86 processors without VNNI, whose products of uint8 by int8 saturate."""
+    bias_correction: bool = False
+    """Give biases what rounding the weights takes from the mean of the products."""
     embeddings: bool = True
     """Keep tables that tokens are looked up in as int8 as well, each row by its own scale; what is looked up is scaled then."""
     calibration: Calibration | None = None
-    """What ``int8_static`` is scaled by."""
-    budget: Budget = Budget(metric="cosine", limit=0.9)
-    """How far the outputs may go from eager's on random inputs: against faults, for which your own metric is too slow."""
+    """The data for schemes and options that need some."""
+    budget: Budget = _AGAINST_FAULTS
+    """How far the outputs may go from eager's: on random inputs, against faults; with ``fallback`` on the calibration data."""
+    fallback: AnyScheme | None = None
+    """Keep the fewest layers in this (``fp32``, or a scheme of more bits) that meet the budget on the calibration data."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
 
     @model_validator(mode="after")
     def _has_its_data(self) -> Quantize:
-        static = "int8_static" in (self.scheme, *self.overrides.values())
-        if static and self.calibration is None:
-            raise ValueError("scheme: int8_static needs calibration: {data: ...}")
-        if not static and self.calibration is not None:
-            raise ValueError("calibration is for int8_static")
+        treatments = [self.treatment(each) for each in (None, *self.overrides.values(), self.fallback)]
+        wants = [
+            next(
+                (f"scheme: {each.scheme}" for each in treatments if each.is_static or each.scheme == "llm_int8"), None
+            ),
+            next((f"algorithm: {each.algorithm}" for each in treatments if each.algorithm != "rtn"), None),
+            "bias_correction" if self.bias_correction else None,
+            "fallback" if self.fallback is not None else None,
+        ]
+        wanted = next((want for want in wants if want), None)
+        if wanted and self.calibration is None:
+            raise ValueError(f"{wanted} needs calibration: {{data: ...}}")
+        if not wanted and self.calibration is not None:
+            raise ValueError(f"nothing needs calibration in scheme: {self.scheme}")
         return self
 
+    def treatment(self, own: LayerScheme | None = None) -> Treatment:
+        """The pass's own, or what an override makes of it."""
+        given = {name: getattr(self, name) for name in ("scheme", "bits", "group", "symmetric", "algorithm")}
+        if own is not None:
+            given |= own.model_dump(exclude_none=True)
+        if given["scheme"] != self.scheme and given["scheme"] != "weight_only" and not (own and own.algorithm):
+            given["algorithm"] = "rtn"
+        if given["scheme"] == "nf4":
+            given["bits"] = 4
+        return Treatment(**given)
+
     def contract(self) -> Contract:
-        return self.budget
+        return self.budget if self.fallback is None else _AGAINST_FAULTS
 
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
-        chosen = self._choose(graph, log, context)
-        scales = self._scales(graph, context, [node for node, scheme in chosen.items() if scheme == "int8_static"])
-        writer = _Writer(graph, self.bits, self.group, scales)
-        for node, scheme in chosen.items():
-            writer.replace(node, scheme)
-            log.matches[scheme] = log.matches.get(scheme, 0) + 1
+        chosen, reasons = self._choose(graph, context)
+        importance = self._rescale(graph, context, chosen)
+        measured = self._measure(graph, context, chosen)
+        measured.importance = importance
+        effects = self._keep_some(graph, context, measured, chosen, reasons)
+        self._report(graph, chosen, reasons, effects, log, context)
+
+        writer = Writer(graph, measured, reduce_range=self.reduce_range)
+        for node, treatment in chosen.items():
+            if treatment.scheme != FLOAT:
+                writer.replace(node, treatment)
+                log.matches[treatment.scheme] = log.matches.get(treatment.scheme, 0) + 1
         tables = [node for node in graph.nodes if _is_lookup(graph, node)] if self.embeddings else []
         for node in tables:
             precision = "as its linear" if writer.has(node.args["weight"]) else "int8 rows"
@@ -109,48 +175,213 @@ class Quantize(Pass):
         graph.prune()
         return log
 
-    def _choose(self, graph: Graph, log: RewriteLog, context: Context) -> dict[Node, Scheme]:
-        """What becomes of each linear, and the report of it."""
+    # Which linears
+
+    def _choose(self, graph: Graph, context: Context) -> tuple[dict[Node, Treatment], dict[Node, str]]:
+        """What is to become of each linear, and why some stay as they are."""
         linears = {node: module_of(node) for node in graph.nodes if is_linear(graph, node)}
         refuse_unknown(self.kind, (*self.modules, *self.skip, *self.overrides), list(linears.values()), context)
-        chosen: dict[Node, Scheme] = {}
+        chosen, reasons = {}, {}
         for node, path in linears.items():
             reason = self._reason_not_to(node, path)
-            scheme = self._scheme_of(path)
-            if reason is None:
-                chosen[node] = scheme
-            else:
-                log.refusals.append(Refused("Quantize", node.where, reason))
-            precision = self._precision(scheme) if reason is None else FLOAT
-            context.layers.append(LayerPrecision(module=path, precision=precision, reason=reason))
-        return chosen
+            if reason is not None:
+                reasons[node] = reason
+            chosen[node] = _STAYS if reason is not None else self.treatment(self._override_of(path))
+        return chosen, reasons
 
     def _reason_not_to(self, node: Node, path: str) -> str | None:
         weight: Value = node.args["weight"]
         if not matches(path, self.modules):
             return "not among modules"
-        if matches(path, self.skip):
+        if matches(path, self.skip) or self.treatment(self._override_of(path)).scheme == FLOAT:
             return "skipped"
         count = weight.type.shape[0] * weight.type.shape[1]
         if isinstance(count, int) and count < self.min_weights:
             return f"{count} weights, fewer than {self.min_weights}"
         return None
 
-    def _scheme_of(self, path: str) -> Scheme:
-        return next(
-            (own for pattern, own in reversed(self.overrides.items()) if fnmatch.fnmatch(path, pattern)), self.scheme
-        )
+    def _override_of(self, path: str) -> LayerScheme | None:
+        return next((own for pattern, own in reversed(self.overrides.items()) if fnmatch.fnmatch(path, pattern)), None)
 
-    def _precision(self, scheme: Scheme) -> str:
-        return f"int{self.bits} in groups of {self.group}" if scheme == "weight_only" else scheme
+    # What the data says
 
-    def _scales(self, graph: Graph, context: Context, nodes: Sequence[Node]) -> Mapping[str, Tensor]:
-        """The magnitude of each static linear's input, by the value's name."""
-        if not nodes:
-            return {}
+    def _rescale(self, graph: Graph, context: Context, chosen: dict[Node, Treatment]) -> dict[str, Tensor]:
+        """Channels of inputs that are divided before anything is rounded: the same function so far. How much each feature
+        counts, by the names of weights, where that was measured."""
+        wanted = {node for node, own in chosen.items() if own.scheme == "int8_smooth" or own.algorithm == "awq"}
+        groups = {}
+        for x, group in by_input(node for node in chosen if node in wanted).items():
+            treatments = {chosen[user] for user in x.users if user in chosen}
+            alone = len(treatments) == 1
+            reason = reason_not_to(graph, group) if alone else "linears of different schemes read them"
+            if reason is None:
+                groups[x] = group
+            else:
+                context.notes.append(f"{_names(group)}: inputs stay as they are: {reason}")
+        smooth = {x: group for x, group in groups.items() if chosen[group[0]].scheme == "int8_smooth"}
+        protect = {x: group for x, group in groups.items() if x not in smooth}
+        if smooth:
+            self._smooth(graph, context, smooth)
+        return self._protect(graph, context, protect, chosen) if protect else {}
+
+    def _smooth(self, graph: Graph, context: Context, groups: dict[Value, list[Node]]) -> None:
+        data = self._data()
+        largest = context.calibrate(graph, data, [Tapped(x.name, (len(x.type.shape) - 1,)) for x in groups])
+        samples = context.sample(graph, data, [x.name for x in groups], 256) if self.strength == "search" else {}
+        for x, group in groups.items():
+            weight = weights_of(graph, group)
+            if self.strength == "search":
+                factors, gain = searched_smoothing(samples[x.name], weight, largest[x.name], "tensor")
+                context.notes.append(f"{_names(group)}: {gain}")
+            else:
+                factors = smoothing(largest[x.name], weight, float(self.strength))
+            if factors is not None:
+                rescale(graph, group, factors, self.kind)
+
+    def _protect(
+        self, graph: Graph, context: Context, groups: dict[Value, list[Node]], chosen: dict[Node, Treatment]
+    ) -> dict[str, Tensor]:
+        names = {x.name: group for x, group in groups.items()}
+        scaled: list[tuple[list[Node], Tensor]] = []
+        importance: dict[str, Tensor] = {}
+        for name, moment in context.second_moments(graph, self._data(), names):
+            group, own = names[name], chosen[names[name][0]]
+
+            def rounded(weight: Tensor, own: Treatment = own) -> Tensor:
+                grid = grid_of(weight, own.bits, own.group, symmetric=own.symmetric)
+                return grid.values(grid.numbers(weight))
+
+            factors, gain = protecting(weights_of(graph, group).float(), moment, rounded)
+            context.notes.append(f"{_names(group)}: {gain}")
+            if factors is not None:
+                scaled.append((group, factors))
+            counts = moment.diagonal() / (1.0 if factors is None else factors.square())
+            importance |= {node.args["weight"].name: counts for node in group}
+        for group, factors in scaled:
+            rescale(graph, group, factors, self.kind)
+        return importance
+
+    def _measure(self, graph: Graph, context: Context, chosen: dict[Node, Treatment]) -> Measured:
+        """Ranges, outliers, means and roundings of the layers, as the data has them."""
+        measured = Measured()
+        if self.calibration is None:
+            return measured
+        data = self.calibration
+        wanted = {node: each for node, each in chosen.items() if each.scheme != FLOAT}
+        kept_as = {} if self.fallback is None else dict.fromkeys(wanted, self.treatment(self.fallback))
+        own = [*wanted.items(), *kept_as.items()]
+        inputs = {node: node.args["input"] for node in chosen}
+        ranged = dict.fromkeys(inputs[node].name for node, each in own if each.is_static)
+        split = {inputs[node].name: inputs[node] for node, each in own if each.scheme == "llm_int8"}
+        if ranged:
+            measured.largest = context.calibrate(graph, data, [Tapped(name) for name in ranged])
+        if split:
+            taps = [Tapped(name, (len(x.type.shape) - 1,)) for name, x in split.items()]
+            magnitudes = context.calibrate(graph, data, taps)
+            measured.outliers = {name: (each > self.outliers).nonzero().squeeze(1) for name, each in magnitudes.items()}
+        if self.bias_correction:
+            names = dict.fromkeys(inputs[node].name for node in wanted)
+            measured.means = context.means(graph, data, names)
+        for treatments in (wanted, kept_as):
+            rounded = {node: each for node, each in treatments.items() if each.algorithm == "gptq"}
+            if rounded:
+                context.in_order(graph, data, rounded.keys(), _Gptq(graph, rounded, measured.numbers))
+        return measured
+
+    def _data(self) -> Calibration:
         assert self.calibration is not None
-        names = dict.fromkeys(node.args["input"].name for node in nodes)
-        return context.calibrate(graph, self.calibration, [Tapped(name) for name in names])
+        return self.calibration
+
+    # What is kept
+
+    def _keep_some(
+        self,
+        graph: Graph,
+        context: Context,
+        measured: Measured,
+        chosen: dict[Node, Treatment],
+        reasons: dict[Node, str],
+    ) -> dict[Node, float]:
+        """Give the fewest layers the fallback that meet the budget; the effect of each layer on the metric."""
+        if self.fallback is None:
+            return {}
+        kept_as = self.treatment(self.fallback)
+        quantized = [node for node, own in chosen.items() if own.scheme != FLOAT]
+
+        def variant(treatments: dict[str, Treatment]) -> Graph:
+            own = graph.clone()
+            writer = Writer(own, measured, reduce_range=self.reduce_range)
+            for name, treatment in treatments.items():
+                node = own.value(name).producer
+                if treatment.scheme != FLOAT and node is not None:
+                    writer.replace(node, treatment)
+            own.prune()
+            return own
+
+        probes = list(context.feeds(graph, self._data()))
+        treatments = {node.output.name: chosen[node] for node in quantized}
+        found = fewest_kept(graph, probes, treatments, kept_as, self.budget, variant, context.progress)
+        context.notes.append(found.summary)
+        names = {node.output.name: node for node in quantized}
+        for name in found.kept:
+            chosen[names[name]] = kept_as
+            reasons[names[name]] = "among the most sensitive"
+        return {names[name]: effect for name, effect in found.effects.items()}
+
+    def _report(
+        self,
+        graph: Graph,
+        chosen: dict[Node, Treatment],
+        reasons: dict[Node, str],
+        effects: dict[Node, float],
+        log: RewriteLog,
+        context: Context,
+    ) -> None:
+        """What each layer of the graph computes in, and why in no fewer bits."""
+        for node, treatment in chosen.items():
+            reason = reasons.get(node)
+            if reason is not None and treatment.scheme == FLOAT:
+                log.refusals.append(Refused("Quantize", node.where, reason))
+            context.layers.append(
+                LayerPrecision(
+                    module=module_of(node),
+                    precision=_floats(node.output) if treatment.scheme == FLOAT else str(treatment),
+                    reason=reason,
+                    effect=effects.get(node),
+                )
+            )
+        for node in graph.nodes:
+            weight = _other_weight(graph, node)
+            if weight is not None:
+                reason = f"{node.op.removesuffix('.default')} is not quantized"
+                module = weight.name.removesuffix(".weight")
+                context.layers.append(LayerPrecision(module=module, precision=_floats(node.outputs[0]), reason=reason))
+
+
+class _Gptq:
+    """Rounds the linears that it is given in order, and keeps their numbers by the weight's name and what is to become of it."""
+
+    def __init__(
+        self, graph: Graph, treatments: dict[Node, Treatment], numbers: dict[tuple[str, str], tuple[Grid, Tensor]]
+    ) -> None:
+        self.graph, self.treatments, self.numbers = graph, treatments, numbers
+
+    def __call__(self, node: Node, moment: Tensor) -> Tensor:
+        own, weight = self.treatments[node], self.graph.weight_of(node.args["weight"])
+        assert weight is not None
+        numbers = weight.load().float()
+        grid = grid_of(numbers, own.bits, own.group, symmetric=own.symmetric, importance=moment.diagonal())
+        found = gptq(numbers, moment, grid)
+        self.numbers[node.args["weight"].name, str(own)] = grid, found.to(torch.uint8)
+        return grid.values(found).to(weight.type.dtype)
+
+
+def _floats(value: Value) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}.get(value.type.dtype, FLOAT)
+
+
+def _names(group: Sequence[Node]) -> str:
+    return ", ".join(module_of(node) for node in group)
 
 
 def _is_lookup(graph: Graph, node: Node) -> bool:
@@ -161,74 +392,11 @@ def _is_lookup(graph: Graph, node: Node) -> bool:
     return bool(rows * features >= LARGE)
 
 
-class _Writer:
-    """Replaces linears; weights and inputs that several of them share are quantized once."""
-
-    def __init__(self, graph: Graph, bits: int, group: int, largest: Mapping[str, Tensor]) -> None:
-        self.graph, self.bits, self.group, self.largest = graph, bits, group, largest
-        self.inputs: dict[str, tuple[Value, Value]] = {}
-        self.weights: dict[tuple[str, str], dict[str, Value]] = {}
-
-    def replace(self, node: Node, scheme: Scheme) -> None:
-        x, bias = node.args["input"], node.args["bias"]
-        weight = self._weight(node.args["weight"], "packed" if scheme == "weight_only" else "rows")
-        parts = {"bias": bias, **weight}
-        if scheme == "int8_static":
-            integers, scale = self._quantized_input(x, node)
-            op, parts = "graphopt.static_linear.default", {"x": integers, "x_scale": scale, **parts}
-        elif scheme in ("int8_dynamic", "int8_token"):
-            op, parts = "graphopt.dynamic_linear.default", {"x": x, **parts, "per_token": scheme == "int8_token"}
-        else:
-            op, parts = "graphopt.packed_linear.default", {"x": x, **parts, "bits": self.bits, "block": self.group}
-        self._put(self._insert(op, node, **parts), node)
-
-    def _insert(self, op: str, before: Node, /, **args: object) -> Value:
-        return self.graph.insert(op, args, before=before, origin=(*before.origin, "quantize")).output
-
-    def _put(self, made: Value, node: Node) -> None:
-        """Let a value stand in a node's place, under its name."""
-        self.graph.replace(node.output, made)
-        self.graph.take_name(made, node.output)
-        self.graph.remove(node)
-
-    def _quantized_input(self, x: Value, node: Node) -> tuple[Value, Value]:
-        if x.name not in self.inputs:
-            scale = Weight.of((self.largest[x.name] / LEVELS).to(x.type.dtype))
-            own = self.graph.add_weight(self.graph.unique(f"{x.name}.scale"), scale)
-            self.inputs[x.name] = self._insert("graphopt.quantize.default", node, x=x, scale=own), own
-        return self.inputs[x.name]
-
-    def _weight(self, weight: Value, form: Literal["rows", "packed"]) -> dict[str, Value]:
-        key = weight.name, form
-        if key not in self.weights:
-            own = self.graph.weight_of(weight)
-            assert own is not None
-            make = quantized_rows(own) if form == "rows" else packed_groups(own, self.bits, self.group)
-            self.weights[key] = make.added_to(self.graph, weight.name)
-        return self.weights[key]
-
-    def has(self, weight: Value) -> bool:
-        """Whether a weight is there in integers."""
-        return any(name == weight.name for name, _ in self.weights)
-
-    def look_up(self, node: Node) -> None:
-        """Look rows up in integers; the table of a linear that was quantized is that linear's weight."""
-        table, places = node.args["weight"], node.args["indices"]
-        form: Literal["rows", "packed"] = "packed" if (table.name, "packed") in self.weights else "rows"
-        quantized = self._weight(table, form)
-
-        if form == "packed":
-            parts = {
-                name: self._insert("aten.index.Tensor", node, self=own, indices=(places,))
-                for name, own in quantized.items()
-            }
-            made = self._insert(
-                "graphopt.unpack_rows.default", node, **parts, bits=self.bits, features=table.type.shape[1]
-            )
-        else:
-            column = self._insert("aten.unsqueeze.default", node, self=quantized["scale"], dim=1)
-            rows, scales = (
-                self._insert(node.op, node, **{**node.args, "weight": own}) for own in (quantized["weight"], column)
-            )
-            made = self._insert("graphopt.dequantize.default", node, x=rows, scale=scales)
-        self._put(made, node)
+def _other_weight(graph: Graph, node: Node) -> Value | None:
+    """The weight of a layer that no scheme is for: a convolution, a product with a matrix of the model."""
+    if node.op == "aten.embedding.default" or not node.op.startswith("aten.") or is_linear(graph, node):
+        return None
+    own = [operand for operand in node.operands if graph.weight_of(operand) is not None]
+    large = [value for value in own if len(value.type.shape) >= 2 and graph.weights[value.name].nbytes >= LARGE]
+    products = ("conv", "mm", "matmul", "linear", "einsum")
+    return large[0] if large and any(word in node.op for word in products) else None

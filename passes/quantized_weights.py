@@ -1,4 +1,4 @@
-"""Weights as integers: by channel, or packed in groups. They are computed when they are read, so nothing is held twice."""
+"""Weights in few bits: by channel, or packed in groups. They are computed when they are read, so nothing is held twice."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from torch.nn import functional
 from graphopt.dims import Size
 from graphopt.errors import PassError, nearest
 from graphopt.ir import Graph, Node, TensorType, Value, Weight
+from graphopt.ops.quantization import FP8
+from graphopt.passes.rounding import Grid, grid_of, pack
 from graphopt.pipeline import Context
 
 LEVELS = 127
+REDUCED_LEVELS = 63
+FP8_LARGEST = torch.finfo(FP8).max
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The operands of a linear that hold its weight, by argument name, each with the suffix of its name."""
+    """The operands of a linear that hold its weight, by argument name, each with the suffix of its name; ``bits`` of a number."""
 
     weights: dict[str, tuple[str, Weight]]
+    bits: int = 8
 
     def added_to(self, graph: Graph, name: str) -> dict[str, Value]:
         stem = name.removesuffix(".weight")
@@ -63,49 +68,108 @@ def refuse_unknown(kind: str, patterns: Sequence[str], paths: Sequence[str], con
                 )
 
 
-def quantized_rows(weight: Weight) -> Parts:
-    """int8 ``[N, K]`` by ``scale`` ``[N]``, each row's largest magnitude at 127."""
-    channels, features = weight.type.shape
-    scale = _once(lambda: row_scale(weight.load()))
+def quantized_rows(weight: Weight, levels: int = LEVELS) -> Parts:
+    """int8 ``[N, K]`` by ``scale`` ``[N]``, each row's largest magnitude at ``levels``: 127, or 63 for processors whose products
+    of uint8 by int8 saturate in 16 bits."""
+    channels, _ = weight.type.shape
+    scale = _once(lambda: row_scale(weight.load(), levels))
     numbers = Weight(
-        TensorType(torch.int8, (channels, features)),
-        lambda: (weight.load() / scale()[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8),
+        TensorType(torch.int8, weight.type.shape),
+        lambda: (weight.load() / scale()[:, None]).round().clamp(-levels, levels).to(torch.int8),
     )
     return Parts(
         {"weight": ("int8", numbers), "scale": ("scale", Weight(TensorType(weight.type.dtype, (channels,)), scale))}
     )
 
 
-def row_scale(weight: Tensor) -> Tensor:
+def fp8_rows(weight: Weight) -> Parts:
+    """float8_e4m3fn ``[N, K]`` by ``scale`` ``[N]``, each row's largest magnitude at the format's largest number."""
+    channels, _ = weight.type.shape
+    scale = _once(lambda: row_scale(weight.load(), FP8_LARGEST))
+    numbers = Weight(
+        TensorType(FP8, weight.type.shape),
+        lambda: (weight.load() / scale()[:, None]).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8),
+    )
+    return Parts(
+        {"weight": ("fp8", numbers), "scale": ("scale", Weight(TensorType(weight.type.dtype, (channels,)), scale))}
+    )
+
+
+def row_scale(weight: Tensor, levels: float = LEVELS) -> Tensor:
     """A row of zeros may have any scale."""
     largest = weight.abs().amax(1)
-    return torch.where(largest > 0, largest, 1.0) / LEVELS
+    return torch.where(largest > 0, largest, 1.0) / levels
 
 
-def packed_groups(weight: Weight, bits: int, group: int) -> Parts:
-    """Groups of ``group`` input features with a scale each, the largest magnitude of a group, with its sign, at the lowest
-    integer: round to nearest."""
+def packed_groups(weight: Weight, grid: Callable[[], Grid], numbers: Callable[[], Tensor], of: Packing) -> Parts:
+    """Groups of input features with a scale each, zeros where the grid is not symmetric: ``numbers`` ``[N, K]`` of a grid."""
+    channels, features = weight.type.shape
+    groups = -(-_number(features) // of.group)
+    size, dtype = of.group * of.bits // 8, weight.type.dtype
+
+    def packed() -> Tensor:
+        padded = functional.pad(numbers(), (0, groups * of.group - _number(features)), value=2.0 ** (of.bits - 1))
+        return pack(padded.reshape(_number(channels), groups, of.group), of.bits)
+
+    parts = {
+        "packed": ("packed", Weight(TensorType(torch.uint8, (channels, groups, size)), packed)),
+        "scales": ("scales", Weight(TensorType(dtype, (channels, groups)), lambda: grid().scales.to(dtype))),
+    }
+    if not of.symmetric:
+        own = TensorType(torch.uint8, (channels, -(-groups * of.bits // 8)))
+        parts["zeros"] = "zeros", Weight(own, lambda: pack(grid().zeros, of.bits))
+    return Parts(parts, of.bits)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Bits of a number, input features of a group, and whether zero is in the middle of the numbers."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+
+def nearest_groups(weight: Weight, of: Packing, importance: Tensor | None = None) -> Parts:
+    """Round to nearest; by ``importance`` ``[K]``, with ranges that lose least."""
+    grid = _once(
+        lambda: grid_of(weight.load().float(), of.bits, of.group, symmetric=of.symmetric, importance=importance)
+    )
+    return packed_groups(weight, grid, lambda: grid().numbers(weight.load().float()), of)
+
+
+#: The numbers of 4-bit NormalFloat: quantiles of a normal distribution, one of them 0 (Dettmers et al. 2023, appendix E).
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def nf4_groups(weight: Weight, group: int) -> Parts:
+    """Each group by its largest magnitude, as the nearest numbers of NormalFloat."""
     channels, features = weight.type.shape
     groups = -(-_number(features) // group)
-    made = _once(lambda: rounded_groups(weight.load(), bits, group))
-    packed = Weight(TensorType(torch.uint8, (channels, groups, group * bits // 8)), lambda: made()[0])
-    scales = Weight(TensorType(weight.type.dtype, (channels, groups)), lambda: made()[1])
-    return Parts({"packed": ("packed", packed), "scales": ("scales", scales)})
+    codebook = torch.tensor(NF4)
 
+    def grouped() -> Tensor:
+        padded = functional.pad(weight.load().float(), (0, groups * group - _number(features)))
+        return padded.reshape(-1, groups, group)
 
-def rounded_groups(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """uint8 ``[N, G, group * bits / 8]`` and scales ``[N, G]``."""
-    lowest = -(2 ** (bits - 1))
-    padded = functional.pad(weight, (0, -weight.shape[1] % group)).reshape(len(weight), -1, group)
-    extreme = padded.gather(2, padded.abs().argmax(2, keepdim=True))
-    scale = torch.where(extreme == 0, 1.0, extreme) / lowest
-    numbers = (padded / scale).round().clamp(lowest, -lowest - 1) - lowest
-    return pack(numbers.to(torch.uint8), bits), scale.squeeze(2)
+    def scales() -> Tensor:
+        largest = grouped().abs().amax(2)
+        return torch.where(largest > 0, largest, 1.0)
 
+    def packed() -> Tensor:
+        middles = (codebook[1:] + codebook[:-1]) / 2
+        return pack(torch.bucketize(grouped() / scales()[..., None], middles), 4)
 
-def pack(numbers: Tensor, bits: int) -> Tensor:
-    """Two numbers of 4 bits in a byte, the first one in the low half."""
-    return numbers if bits == 8 else numbers[..., ::2] | (numbers[..., 1::2] << 4)
+    dtype = weight.type.dtype
+    return Parts({
+        "packed": ("packed", Weight(TensorType(torch.uint8, (channels, groups, group // 2)), packed)),
+        "scales": ("scales", Weight(TensorType(dtype, (channels, groups)), lambda: scales().to(dtype))),
+        "codebook": ("codebook", Weight.of(codebook.to(dtype))),
+    }, bits=4)  # fmt: skip
 
 
 def _number(size: Size) -> int:

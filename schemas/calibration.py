@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, PositiveInt, model_validator
+from pydantic import Field, PlainSerializer, PositiveInt, field_validator, model_validator
 
 from graphopt.schemas.common import Schema
 
@@ -13,6 +14,24 @@ from graphopt.schemas.common import Schema
 def _described(data: Any) -> str:
     """In reports and manifests: the file, or what kind of object it was."""
     return str(data) if isinstance(data, str | Path) else f"<{type(data).__name__}>"
+
+
+class _Kept:
+    """An iterator whose items are kept as they come, so that they can be had again."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source, self._items = source, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        place = 0
+        while True:
+            if place == len(self._items):
+                try:
+                    self._items.append(next(self._source))
+                except StopIteration:
+                    return
+            yield self._items[place]
+            place += 1
 
 
 class Calibration(Schema):
@@ -32,6 +51,12 @@ class Calibration(Schema):
     """The key of the text in a .jsonl file."""
     observer: Literal["min_max", "moving_average", "percentile", "mse", "entropy"] = "min_max"
     percentile: float = Field(default=99.99, gt=50, le=100)
+
+    @field_validator("data")
+    @classmethod
+    def _can_be_read_again(cls, data: Any) -> Any:
+        """Of what can be read once, as much as may be needed: passes read the data several times."""
+        return _Kept(data) if isinstance(data, Iterator) else data
 
     @model_validator(mode="after")
     def _percentile_is_used(self) -> Calibration:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pydantic import Field
 
 from graphopt.schemas.common import Schema
+from graphopt.schemas.pipeline import HIGHER_IS_BETTER, Budget
 
 
 class OutputParity(Schema):
@@ -92,11 +95,31 @@ class RefusalReport(Schema):
 
 
 class LayerPrecision(Schema):
-    """What a layer computes in after a pass, and why not in less."""
+    """What a layer computes in after a pass, and why not in less. ``effect``: the budget's metric with this layer alone in few
+    bits, where that was measured."""
 
     module: str
     precision: str
     reason: str | None = None
+    effect: float | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A layer's effect on the metric, as a ``share`` of what the most sensitive one loses; whether it ``kept`` more bits."""
+
+    module: str
+    precision: str
+    effect: float
+    share: float
+    kept: bool
+
+
+def _loss(metric: str, value: float) -> float:
+    """How much is lost, on a scale that begins at 0."""
+    if metric == "snr":
+        return 10 ** (-value / 20)
+    return max(0.0, 1 - value if metric in HIGHER_IS_BETTER else value)
 
 
 class PassReport(Schema):
@@ -121,6 +144,21 @@ class PassReport(Schema):
     @property
     def changes(self) -> int:
         return sum(self.matches.values())
+
+    @property
+    def sensitivities(self) -> list[Sensitivity]:
+        """What each layer costs alone in few bits, where that was measured: the most sensitive first."""
+        measured = [(layer, layer.effect) for layer in self.layers if layer.effect is not None]
+        if not measured:
+            return []
+        metric = Budget.model_validate(self.options["budget"]).metric
+        losses = [_loss(metric, effect) for _, effect in measured]
+        most = max(losses) or 1.0
+        found = [
+            Sensitivity(layer.module, layer.precision, effect, loss / most, kept=layer.reason is not None)
+            for (layer, effect), loss in zip(measured, losses, strict=True)
+        ]
+        return sorted(found, key=lambda each: -each.share)
 
     @property
     def layers_by_precision(self) -> dict[tuple[str, str], list[str]]:

@@ -30,6 +30,8 @@ DTYPES: dict[torch.dtype, ir.DataType] = {
 }  # fmt: skip
 
 
+#: Integers of the same size, for dtypes that numpy has not.
+PLAIN = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 #: Ops that are newer than the opset that dialects are written in.
 _SINCE = {"TensorScatter": 24}
 
@@ -171,13 +173,28 @@ class Emitter:
         """A small constant in the graph; equal ones are shared."""
         if dtype is not None:
             tensor = torch.as_tensor(array, dtype=dtype)
-            numbers = tensor.view(torch.int16).numpy() if dtype == torch.bfloat16 else tensor.numpy()
-            made = ir.tensor(numbers.view("bfloat16") if dtype == torch.bfloat16 else numbers)
+            numbers = tensor.view(PLAIN[dtype]).numpy() if dtype in PLAIN else tensor.numpy()
+            made = ir.Tensor(numbers.view(DTYPES[dtype].numpy()) if dtype in PLAIN else numbers, DTYPES[dtype])
         else:
             numbers = np.asarray(array)
-            made = ir.tensor(numbers)
+            made = ir.Tensor(numbers)
         key = "constant", numbers.tobytes(), made.dtype, tuple(numbers.shape)
         return self.once(key, lambda: self._initializer(self._unique("constant"), made))
+
+    def is_weight(self, value: Value) -> bool:
+        return self.graph.weight_of(value) is not None
+
+    def signed(self, packed: Value, shape: Sequence[int], bits: int) -> ir.Value:
+        """A weight of packed numbers around ``2 ** (bits - 1)`` as an initializer of int4 or int8, zero in the middle."""
+        weight, dtype = self.graph.weights[packed.name], {4: ir.DataType.INT4, 8: ir.DataType.INT8}[bits]
+
+        def make() -> ir.Value:
+            flipped = Weight(weight.type, lambda: weight.load() ^ {4: 0x88, 8: 0x80}[bits])
+            value = self._external(f"{packed.name}.signed", flipped)
+            value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+            return value
+
+        return self.once(("signed", packed.name), make)
 
     def arg(self, arg: Any, dtype: torch.dtype) -> ir.Value:
         """An operand as a value of ``dtype``: a tensor, a number, or a size."""
@@ -280,6 +297,7 @@ class Emitter:
         outputs = [self._output(name, value) for name, value in self.graph.outputs.items()]
         outputs += [self._output(name, self.graph.value(name)) for name in show if name not in self.graph.outputs]
         self._nodes = _needed(self._nodes, outputs)
+        self._drop_unread()
         opsets = {d: v for d, v in self.dialect.opsets.items() if d == "" or any(n.domain == d for n in self._nodes)}
         opsets[""] = max(opsets[""], *(_SINCE.get(node.op_type, 0) for node in self._nodes), 0)
         opsets |= {function.domain: 1 for function in self._functions.values()}
@@ -287,6 +305,13 @@ class Emitter:
             inputs, outputs, nodes=self._nodes, initializers=self._initializers, opset_imports=opsets, name="graphopt"
         )
         return ir.Model(graph, ir_version=10, producer_name="graphopt", functions=list(self._functions.values()))
+
+    def _drop_unread(self) -> None:
+        """Leave out weights that lowerings made others of."""
+        read = {value for node in self._nodes for value in node.inputs}
+        self._initializers = [value for value in self._initializers if value in read]
+        kept = {value.name for value in self._initializers}
+        self.weights = {name: weight for name, weight in self.weights.items() if name in kept}
 
     def _lower(self, node: Node) -> None:
         self._origin, self._scope = " | ".join(node.origin), node.outputs[0].name

@@ -18,10 +18,11 @@ lowers = QUANTIZED.lowers
 def _quantize(e: Emitter, node: Node) -> Lowered:
     x, scale = node.args["x"], node.args["scale"]
     axis = scaled_axis(scale)
-    zero = e.constant(np.array(0, np.int8))
+    dtype = node.args["dtype"] or torch.int8
+    zero = e.constant(0, dtype)
     if axis is None:
         return e.op("QuantizeLinear", e.op("Div", e.value(x), e.value(scale)), e.constant(1.0, scale.type.dtype), zero)
-    return e.op("QuantizeLinear", e.value(x), flat_scale(e, scale), zeros(e, scale), axis=axis)
+    return e.op("QuantizeLinear", e.value(x), flat_scale(e, scale), zeros(e, scale, dtype), axis=axis)
 
 
 @lowers("graphopt.dequantize")
@@ -29,8 +30,8 @@ def _dequantize(e: Emitter, node: Node) -> Lowered:
     x, scale = node.args["x"], node.args["scale"]
     axis = scaled_axis(scale)
     if axis is None:
-        return e.op("Mul", e.cast(e.value(x), torch.int8, scale.type.dtype), e.value(scale))
-    return e.op("DequantizeLinear", e.value(x), flat_scale(e, scale), zeros(e, scale), axis=axis)
+        return e.op("Mul", e.cast(e.value(x), x.type.dtype, scale.type.dtype), e.value(scale))
+    return e.op("DequantizeLinear", e.value(x), flat_scale(e, scale), zeros(e, scale, x.type.dtype), axis=axis)
 
 
 def scaled_axis(scale: Value) -> int | None:
@@ -49,18 +50,22 @@ def flat_scale(e: Emitter, scale: Value) -> ir.Value:
     return e.once(("flat scale", scale.name), lambda: e.reshape(e.value(scale), tuple(several)))
 
 
-def zeros(e: Emitter, scale: Value) -> ir.Value:
+def zeros(e: Emitter, scale: Value, dtype: torch.dtype) -> ir.Value:
     """Zero points for a scale of one axis."""
-    return e.constant(np.zeros([int(size) for size in scale.type.shape if size != 1], np.int8))  # type: ignore[arg-type]  # constant
+    return e.constant(torch.zeros([int(size) for size in scale.type.shape if size != 1]), dtype)  # type: ignore[arg-type]  # constant
 
 
 @lowers("graphopt.static_linear")
 def _static_linear(e: Emitter, node: Node) -> Lowered:
     """Both operands dequantized before a product in float: what readers of Q/DQ make integers of."""
     x, x_scale, weight, scale, bias = (node.args[name] for name in ("x", "x_scale", "weight", "scale", "bias"))
-    own = e.op("DequantizeLinear", e.value(x), e.value(x_scale), zeros(e, x_scale))
+    own = e.op("DequantizeLinear", e.value(x), e.value(x_scale), zeros(e, x_scale, x.type.dtype))
     product = e.op(
-        "MatMul", own, turned(e, e.op("DequantizeLinear", e.value(weight), e.value(scale), zeros(e, scale), axis=0))
+        "MatMul",
+        own,
+        turned(
+            e, e.op("DequantizeLinear", e.value(weight), e.value(scale), zeros(e, scale, weight.type.dtype), axis=0)
+        ),
     )
     return with_bias(e, product, bias)
 
@@ -113,22 +118,57 @@ def with_bias(e: Emitter, product: ir.Value, bias: Value | None) -> ir.Value:
     return product if bias is None else e.op("Add", product, e.value(bias))
 
 
+@lowers("graphopt.packed_linear")
+def _packed_linear(e: Emitter, node: Node) -> Lowered:
+    """The weight dequantized before a product in float; what readers of DequantizeLinear in blocks know to leave packed."""
+    x, packed, bias = (node.args[name] for name in ("x", "packed", "bias"))
+    features = x.type.shape[-1]
+    weight = e.once(("unpacked", packed.name), lambda: unpacked(e, node, features))
+    return with_bias(e, e.op("MatMul", e.value(x), turned(e, weight)), bias)
+
+
 @lowers("graphopt.unpack_rows")
 def _unpack_rows(e: Emitter, node: Node) -> Lowered:
-    packed, scales, bits, features = (node.args[name] for name in ("packed", "scales", "bits", "features"))
-    dtype, lead = scales.type.dtype, scales.type.shape
-    numbers = e.value(packed)
+    return unpacked(e, node, node.args["features"])
+
+
+def unpacked(e: Emitter, node: Node, features: int) -> ir.Value:
+    """The rows ``[..., features]`` that packed groups hold."""
+    packed, scales, zeros, codebook = (node.args[name] for name in ("packed", "scales", "zeros", "codebook"))
+    bits, dtype, lead = node.args["bits"], scales.type.dtype, scales.type.shape
+    group = packed.type.shape[-1] * 8 // bits
     last = e.constant(np.array([-1], np.int64))
-    if bits == 4:
-        low = e.op("BitwiseAnd", numbers, e.constant(np.array(15, np.uint8)))
-        high = e.op("BitShift", numbers, e.constant(np.array(4, np.uint8)), direction="RIGHT")
-        pairs = e.op("Concat", e.op("Unsqueeze", low, last), e.op("Unsqueeze", high, last), axis=-1)
-        numbers = e.reshape(pairs, (*lead, packed.type.shape[-1] * 2))
-    centered = e.op("Sub", e.cast(numbers, torch.uint8, dtype), e.constant(float(2 ** (bits - 1)), dtype))
-    rows = e.op("Mul", centered, e.op("Unsqueeze", e.value(scales), last))
-    width = lead[-1] * packed.type.shape[-1] * 8 // bits
-    flat = e.reshape(rows, (*lead[:-1], width))
+    if codebook is not None:
+        own = e.op("Gather", e.value(codebook), e.cast(_numbers(e, packed, bits), torch.uint8, torch.int32))
+    elif lead[:-1] == scales.type.shape[:1] and all(e.is_weight(each) for each in (packed, scales)) and zeros is None:
+        signed = e.signed(packed, (*lead[:-1], lead[-1] * group), bits)
+        return _cut(
+            e, e.op("DequantizeLinear", signed, e.value(scales), axis=1, block_size=group), features, lead[-1] * group
+        )
+    else:
+        middle = e.constant(float(2 ** (bits - 1)), dtype)
+        if zeros is not None:
+            each = _cut(e, _numbers(e, zeros, bits), lead[-1], zeros.type.shape[-1] * 8 // bits)
+            middle = e.op("Unsqueeze", e.cast(each, torch.uint8, dtype), last)
+        own = e.op("Sub", e.cast(_numbers(e, packed, bits), torch.uint8, dtype), middle)
+    rows = e.op("Mul", own, e.op("Unsqueeze", e.value(scales), last))
+    return _cut(e, e.reshape(rows, (*lead[:-1], lead[-1] * group)), features, lead[-1] * group)
+
+
+def _numbers(e: Emitter, packed: Value, bits: int) -> ir.Value:
+    """Packed numbers one by one along the last axis, as uint8."""
+    numbers = e.value(packed)
+    if bits == 8:
+        return numbers
+    last = e.constant(np.array([-1], np.int64))
+    low = e.op("BitwiseAnd", numbers, e.constant(np.array(15, np.uint8)))
+    high = e.op("BitShift", numbers, e.constant(np.array(4, np.uint8)), direction="RIGHT")
+    pairs = e.op("Concat", e.op("Unsqueeze", low, last), e.op("Unsqueeze", high, last), axis=-1)
+    return e.reshape(pairs, (*packed.type.shape[:-1], packed.type.shape[-1] * 2))
+
+
+def _cut(e: Emitter, rows: ir.Value, features: int, width: int) -> ir.Value:
+    """The first ``features`` of the last axis."""
     if features == width:
-        return flat
-    ends = [e.constant(np.array([number], np.int64)) for number in (0, features, -1)]
-    return e.op("Slice", flat, *ends)
+        return rows
+    return e.op("Slice", rows, *(e.constant(np.array([number], np.int64)) for number in (0, features, -1)))

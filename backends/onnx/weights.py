@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from graphopt.backends.onnx.emitter import DTYPES, Emitter
+from graphopt.backends.onnx.emitter import PLAIN, Emitter
 from graphopt.ir import Weight
 
 ALIGNMENT = 4096  # so that a reader can map the file into memory
@@ -45,10 +45,11 @@ def write_external(
                 file_digest.update(part)
                 _write_all(file, part)
             offset += gap
-            shape = initializers[key].shape
+            shape, dtype = initializers[key].shape, initializers[key].dtype
             assert shape is not None
+            assert dtype is not None
             initializers[key].const_value = ir.ExternalTensor(
-                name, offset, len(data), DTYPES[weight.type.dtype], shape=shape, name=key, base_dir=folder
+                name, offset, len(data), dtype, shape=shape, name=key, base_dir=folder
             )
             offset += len(data)
             progress(offset, total)
@@ -63,13 +64,19 @@ def _write_all(file: RawIOBase, data: memoryview) -> None:
 def embed(emitter: Emitter, names: Collection[str] | None = None) -> None:
     """Put these weights, or all, into the model itself."""
     for key in emitter.weights if names is None else names:
-        emitter.model.graph.initializers[key].const_value = _tensor(key, emitter.weights[key])
+        value = emitter.model.graph.initializers[key]
+        value.const_value = _tensor(value, emitter.weights[key])
 
 
-def _tensor(name: str, weight: Weight) -> ir.TensorProtocol:
+def _tensor(value: ir.Value, weight: Weight) -> ir.TensorProtocol:
+    """The weight's bytes as what the initializer is declared to be."""
+    assert value.dtype is not None
+    assert value.shape is not None
     tensor = weight.load().detach().cpu().contiguous()
-    if weight.type.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return ir.Tensor(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16), name=name)
-    return ir.Tensor(tensor.numpy(), name=name)
+    if weight.type.dtype in PLAIN:
+        return ir.Tensor(tensor.view(PLAIN[weight.type.dtype]).numpy().view(value.dtype.numpy()), name=value.name)
+    if value.dtype == ir.DataType.INT4:
+        return ir.PackedTensor(tensor.numpy().reshape(-1), value.dtype, shape=value.shape, name=value.name)
+    return ir.Tensor(
+        tensor.numpy().view(value.dtype.numpy()).reshape(value.shape.numpy()), value.dtype, name=value.name
+    )

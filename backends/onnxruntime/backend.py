@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx_ir as ir
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, make_session
 from graphopt.backends.onnxruntime.tactics import Tuner, cpu_features, tuning_sizes
 from graphopt.backends.quirks import quirks_in_force
 from graphopt.errors import BackendError, PipelineError
-from graphopt.ir import Graph
+from graphopt.ir import Graph, Node
 from graphopt.pipeline import Stopwatch, validation_message
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
 from graphopt.schemas.common import Schema
@@ -47,7 +48,7 @@ _INTEGER_PRODUCTS = frozenset(
 
 def check_integers(graph: Graph, model: Path) -> None:
     """BackendError if a linear that was quantized is no product of integers in the model that onnxruntime has optimized."""
-    wanted = sum(node.op in _INTEGER_LINEARS for node in graph.nodes)
+    wanted = sum(node.op in _INTEGER_LINEARS and not _is_of_floats(node) for node in graph.nodes)
     if not wanted:
         return
     ops = optimized_ops(model)
@@ -56,6 +57,11 @@ def check_integers(graph: Graph, model: Path) -> None:
         raise BackendError(
             f"{wanted - found} of {wanted} quantized linears are no products of integers in onnxruntime's model"
         )
+
+
+def _is_of_floats(node: Node) -> bool:
+    """Whether a linear's numbers become floats again before the product: float8, and those of a codebook."""
+    return node.args.get("codebook") is not None or node.args["x"].type.dtype == torch.float8_e4m3fn
 
 
 def optimized_ops(model: Path) -> dict[str, int]:

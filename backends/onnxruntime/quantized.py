@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Unsupported
-from graphopt.backends.onnx.quantized import by_token, dynamic, turned, with_bias
+from graphopt.backends.onnx.quantized import QUANTIZED, by_token, dynamic, turned, with_bias
 from graphopt.backends.onnxruntime.cached import CONTRIB
 from graphopt.ir import Node, Value
 
@@ -16,6 +16,8 @@ def static_linear(e: Emitter, node: Node) -> Lowered:
     """The input as uint8 with its zero point in the middle: the same numbers, and what the kernels of most CPUs multiply int8
     weights with (int8 by int8 took six times as long with AVX512-VNNI)."""
     x, x_scale, weight, scale, bias = (node.args[name] for name in ("x", "x_scale", "weight", "scale", "bias"))
+    if x.type.dtype != torch.int8:  # float8: products of floats
+        return QUANTIZED["graphopt.static_linear"](e, node)
     middle = e.constant(np.array(128, np.uint8))
     return e.op(
         "MatMulIntegerToFloat", _unsigned(e, x, x_scale, middle), turned(e, e.value(weight)), e.value(x_scale), e.value(scale),
@@ -52,12 +54,11 @@ def dynamic_linear(e: Emitter, node: Node) -> Lowered:
 def packed_linear(e: Emitter, node: Node) -> Lowered:
     """MatMulNBits, computed in integers (accuracy_level 4) where the weights are of 4 bits or 8."""
     args = node.args
-    zeros = args["zeros"]
-    if zeros is not None and args["bits"] != 8:
-        raise Unsupported("zero points that are not packed")
+    if args["codebook"] is not None:  # products of floats
+        return QUANTIZED["graphopt.packed_linear"](e, node)
     channels, features = args["packed"].type.shape[0], args["x"].type.shape[-1]
+    zeros, bias = (e.value(args[name]) if args[name] is not None else None for name in ("zeros", "bias"))
     return e.op(
-        "MatMulNBits", e.value(args["x"]), e.value(args["packed"]), e.value(args["scales"]),
-        e.value(zeros) if zeros is not None else None, None, e.value(args["bias"]) if args["bias"] is not None else None,
+        "MatMulNBits", e.value(args["x"]), e.value(args["packed"]), e.value(args["scales"]), zeros, None, bias,
         domain=CONTRIB, K=features, N=channels, bits=args["bits"], block_size=args["block"], accuracy_level=4,
     )  # fmt: skip

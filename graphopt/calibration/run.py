@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from graphopt.calibration.data import batches, digest
 from graphopt.calibration.observers import Observer, make_observer
 from graphopt.dims import Dim, Size
 from graphopt.errors import CalibrationError
-from graphopt.execution import Tap, run
-from graphopt.ir import Graph, Value
+from graphopt.execution import Run, Tap, run
+from graphopt.ir import Graph, Node, Value
 from graphopt.models import cache_folder
 from graphopt.parity import Probe
 from graphopt.runtime.cache import Call, layout_of, prompt_feeds
@@ -77,6 +77,116 @@ def sample(graph: Graph, source: Source, config: Calibration, names: Iterable[st
     return {name: torch.cat(parts)[:rows] for name, parts in found.items()}
 
 
+def second_moments(
+    graph: Graph,
+    source: Source,
+    config: Calibration,
+    names: Iterable[str],
+    progress: Callable[[float], None] = lambda done: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The mean of ``x.T @ x`` over the data's tokens, f32 ``[K, K]``, of each value ``[..., K]``. The data runs once for as
+    many values as fit into a GiB."""
+    for part in _in_parts(graph, list(dict.fromkeys(names))):
+        found = {name: _Moment() for name in part}
+
+        def see(value: Value, tensor: Tensor, found: Mapping[str, _Moment] = found) -> None:
+            if value.name in found:
+                found[value.name].add(tensor)
+
+        _run(graph, source, config, see, found.keys(), progress)
+        yield from ((name, moment.mean()) for name, moment in found.items())
+
+
+def means(
+    graph: Graph,
+    source: Source,
+    config: Calibration,
+    names: Iterable[str],
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Tensor]:
+    """The mean over the data's tokens of each value ``[..., K]``, f32 ``[K]``."""
+    wanted = set(names)
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(wanted, 0)
+
+    def see(value: Value, tensor: Tensor) -> None:
+        if value.name in wanted:
+            flat = tensor.reshape(-1, tensor.shape[-1]).float()
+            sums[value.name] = sums.get(value.name, 0) + flat.sum(0)
+            counts[value.name] += len(flat)
+
+    _run(graph, source, config, see, wanted, progress)
+    return {name: total / max(counts[name], 1) for name, total in sums.items()}
+
+
+def in_order(
+    graph: Graph,
+    source: Source,
+    config: Calibration,
+    linears: Set[Node],
+    change: Callable[[Node, Tensor], Tensor],
+    progress: Callable[[float], None] = lambda done: None,
+) -> None:
+    """All of the data through the graph a node at a time. ``change`` is given each of the linears in order with the second
+    moment ``[K, K]`` of its input, as the changed ones before it make it, and returns the weight that it works with.
+
+    Holds the values that are alive of all of the data at once: ``samples`` bounds that."""
+    axes = () if source.mask is None else source.axes[source.mask]
+    weights = {name: weight.load() for name, weight in graph.weights.items()}
+    runs = [(Run(graph, probe.inputs, weights), probe.mask) for probe in feeds_of(graph, source, config)]
+    moments: dict[Value, Tensor] = {}
+    changed: dict[Value, Tensor] = {}
+    with torch.no_grad():
+        for index, node in enumerate(graph.nodes):
+            if node in linears:
+                x, weight = node.args["input"], node.args["weight"]
+                if x not in moments:
+                    moment = _Moment()
+                    for own, mask in runs:
+                        moment.add(real(x, own.values[x], mask, axes))
+                    moments = {x: moment.mean()}
+                if weight not in changed:
+                    changed[weight] = change(node, moments[x])
+                for own, _ in runs:
+                    own.values[weight] = changed[weight]
+            for own, _ in runs:
+                own.step(node)
+            progress(index / len(graph))
+
+
+class _Moment:
+    """The sum of ``x.T @ x``, and over how many tokens."""
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def add(self, tensor: Tensor) -> None:
+        flat = tensor.reshape(-1, tensor.shape[-1]).float()
+        product = flat.T @ flat
+        self.sum = product if self.sum is None else self.sum.add_(product)
+        self.count += len(flat)
+
+    def mean(self) -> Tensor:
+        assert self.sum is not None
+        return self.sum / max(self.count, 1)
+
+
+def _in_parts(graph: Graph, names: Sequence[str], limit: int = 1 << 28) -> Iterator[list[str]]:
+    """Names whose moments have up to ``limit`` numbers together."""
+    part: list[str] = []
+    size = 0
+    for name in names:
+        own = _number(graph.value(name).type.shape[-1]) ** 2
+        if part and size + own > limit:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += own
+    if part:
+        yield part
+
+
 def _observe(
     graph: Graph, source: Source, config: Calibration, taps: list[Tapped], progress: Callable[[float], None]
 ) -> dict[str, Tensor]:
@@ -102,18 +212,17 @@ def _run(
     """All of the data through the graph; ``see`` is given every value without padding, inputs only if they are ``names``."""
     axes = () if source.mask is None else source.axes[source.mask]
     rows = 0
-    for probe in batches(source, config):
-        feeds, mask = _feeds(graph, probe)
+    for probe in feeds_of(graph, source, config):
 
-        def tap(value: Value, tensor: Tensor, mask: Tensor | None = mask) -> None:
+        def tap(value: Value, tensor: Tensor, mask: Tensor | None = probe.mask) -> None:
             if value.name in names:
                 see(value, real(value, tensor, mask, axes))
 
-        for name in names & feeds.keys():
-            tap(graph.value(name), feeds[name])
+        for name in names & probe.inputs.keys():
+            tap(graph.value(name), probe.inputs[name])
         with torch.no_grad():
-            run(graph, feeds, tap=tap)
-        rows += next(iter(probe.inputs.values())).shape[0]
+            run(graph, probe.inputs, tap=tap)
+        rows += len(next(iter(probe.inputs.values())) if probe.mask is None else probe.mask)
         progress(min(1.0, rows / config.samples))
 
 
@@ -153,6 +262,13 @@ def _feeds(graph: Graph, probe: Probe) -> tuple[Mapping[str, Tensor], Tensor | N
     if layout is not None:
         return prompt_feeds(layout, probe.inputs, probe.mask, None if graph.prologue is None else _call(graph.prologue))
     return {name: tensor for name, tensor in probe.inputs.items() if name in graph.inputs}, probe.mask
+
+
+def feeds_of(graph: Graph, source: Source, config: Calibration) -> Iterator[Probe]:
+    """The data as the graph takes it, a batch at a time."""
+    for probe in batches(source, config):
+        feeds, mask = _feeds(graph, probe)
+        yield Probe(probe.sizes, dict(feeds), mask)
 
 
 def _call(graph: Graph) -> Call:

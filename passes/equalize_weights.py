@@ -1,0 +1,55 @@
+"""Rows of one linear and columns of the next with ranges alike, before both are quantized (Nagel et al. 2019, cross-layer
+equalization).
+
+::
+
+    %u = aten.linear.default(input=%x, weight=%up)              %u = aten.linear.default(input=%x, weight=%up / s)
+    %h = graphopt.gated_activation.default(                     %h = graphopt.gated_activation.default(
+        gate=%g, up=%u)                                  ->         gate=%g, up=%u)
+    %y = aten.linear.default(input=%h, weight=%down)            %y = aten.linear.default(input=%h, weight=%down * s)
+
+Channel j between them is divided by ``s[j] = sqrt(max|up[j]| / max|down[:, j]|)``: the same function, and no data is needed. Only
+what carries channels through unchanged may stand between the two: a product with a gate.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from graphopt.ir import Graph
+from graphopt.passes.quantized_weights import is_linear, matches, module_of, refuse_unknown
+from graphopt.passes.rescaling import by_input, evening, maker_of, reason_not_to, rescale, weights_of
+from graphopt.pipeline import Context, Pass
+from graphopt.rewrite import Refused, RewriteLog
+
+
+class EqualizeWeights(Pass):
+    """Give linears that follow each other ranges alike."""
+
+    kind: Literal["equalize_weights"] = "equalize_weights"
+    modules: tuple[str, ...] = ("*",)
+    """The paths of the later linears, with ``*`` and ``?``."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+
+    def run(self, graph: Graph, context: Context) -> RewriteLog:
+        log = RewriteLog()
+        groups = by_input(node for node in graph.nodes if is_linear(graph, node))
+        paths = [module_of(node) for group in groups.values() for node in group]
+        refuse_unknown(self.kind, self.modules, paths, context)
+        for x, group in groups.items():
+            if not all(matches(module_of(node), self.modules) for node in group):
+                continue
+            made = maker_of(graph, x, group)
+            reason = reason_not_to(graph, group)
+            if made is None or made[0].op != "aten.linear.default":
+                reason = "no linear of its own makes the channels of its input"
+            if reason is not None or made is None:
+                log.refusals.append(Refused("EqualizeWeights", group[0].where, str(reason)))
+                continue
+            rows = graph.weight_of(made[0].args["weight"])
+            assert rows is not None
+            rescale(graph, group, evening(rows.load().float(), weights_of(graph, group)), self.kind)
+            log.matches["pair"] = log.matches.get("pair", 0) + 1
+        graph.prune()
+        return log
