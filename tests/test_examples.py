@@ -33,7 +33,13 @@ def test_pipeline_example_is_valid() -> None:
     from graphopt.compiler import read_config
     from graphopt.pipeline import load_passes
 
-    for name, last in (("minilm", "remove_padding"), ("minilm_int8", "quantize"), ("smollm2", "flatten_tokens")):
+    lasts = {
+        "minilm": "remove_padding",
+        "minilm_int8": "quantize",
+        "minilm_mixed": "quantize",
+        "smollm2": "flatten_tokens",
+    }
+    for name, last in lasts.items():
         config = read_config(ROOT / "examples" / f"{name}.yaml")
         assert config.passes is not None
         assert [step.kind for step in load_passes(config.passes)][-1] == last

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.errors import CalibrationError, LoweringError, PassError, PipelineError
+from graphopt.errors import CalibrationError, PassError, PipelineError
 from graphopt.execution import run
 from graphopt.ir import Graph, TensorType, Weight
 from graphopt.ops.quantization import unpacked
 from graphopt.passes.quantize import LARGE, Quantize
-from graphopt.passes.quantized_weights import Parts, packed_groups, quantized_rows, rounded_groups
+from graphopt.passes.quantized_weights import Packing, Parts, nearest_groups, quantized_rows
 from graphopt.pipeline import Context, load_passes, run_passes
 from graphopt.schemas.report import LayerPrecision, PassReport
 from graphopt.sources import Source, transformers_source
@@ -234,15 +234,15 @@ def test_a_linear_whose_weight_is_given_stays() -> None:
     [
         ({"scheme": "int8_static"}, "scheme: int8_static needs calibration: {data: ...}"),
         ({"scheme": "int8_token", "overrides": {"a": "int8_static"}}, "scheme: int8_static needs calibration"),
-        ({"scheme": "int8_dynamic", **DATA}, "calibration is for int8_static"),
-        ({"scheme": "weight_only", **DATA}, "calibration is for int8_static"),
+        ({"scheme": "int8_dynamic", **DATA}, "nothing needs calibration in scheme: int8_dynamic"),
+        ({"scheme": "weight_only", **DATA}, "nothing needs calibration in scheme: weight_only"),
         ({}, "scheme: Field required"),
-        ({"scheme": "int4"}, "'int8_static', 'int8_dynamic', 'int8_token' or 'weight_only'"),
+        ({"scheme": "int4"}, "'int8_static', 'int8_smooth', 'int8_dynamic'"),
         ({"scheme": "weight_only", "bits": 3}, "bits: Input should be 4 or 8"),
         ({"scheme": "weight_only", "group": 24}, "group: Input should be 16, 32, 64, 128 or 256"),
         ({"scheme": "int8_token", "min_weights": 0}, "min_weights: Input should be greater than 0"),
         ({"scheme": "int8_token", "skipp": ["a"]}, "there is no option 'skipp'; did you mean 'skip'"),
-        ({"scheme": "int8_token", "overrides": {"a": "int9"}}, r"overrides.a: Input should be 'int8_static'"),
+        ({"scheme": "int8_token", "overrides": {"a": "int9"}}, r"overrides.a.*: Input should be 'int8_static'"),
     ],
 )  # fmt: skip
 def test_options_that_are_refused(options: dict[str, Any], reason: str) -> None:
@@ -387,11 +387,11 @@ def test_rows_are_rounded_by_their_127th(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_groups_are_rounded_by_what_is_largest_in_them(bits: int, group: int, features: int) -> None:
     weight = numbers_with_zeros(5, features)
-    got = loaded(packed_groups(Weight.of(weight), bits, group))
+    got = loaded(nearest_groups(Weight.of(weight), Packing(bits, group, symmetric=True)))
     numbers, scales = by_groups(weight.numpy(), bits, group)
     np.testing.assert_array_equal(got["scales"], scales)
     expected = (numbers * scales[..., None]).reshape(5, -1).astype(np.float32)
-    back = unpacked(got["packed"], got["scales"], None, bits)
+    back = unpacked(got["packed"], got["scales"], None, None, bits)
     np.testing.assert_array_equal(back, expected)
     assert bool((back[1] == 0).all())
     steps = torch.from_numpy(np.abs(scales)).repeat_interleave(group, 1)[:, :features]
@@ -401,14 +401,14 @@ def test_groups_are_rounded_by_what_is_largest_in_them(bits: int, group: int, fe
 def test_what_is_largest_in_a_group_is_exact() -> None:
     """Whatever its sign: it is at the lowest integer."""
     weight = torch.tensor([[0.1] * 15 + [8.0] + [-8.0] + [0.5] * 15])
-    got = loaded(packed_groups(Weight.of(weight), 4, 16))
+    got = loaded(nearest_groups(Weight.of(weight), Packing(4, 16, symmetric=True)))
     assert got["scales"].tolist() == [[-1.0, 1.0]]
-    assert unpacked(got["packed"], got["scales"], None, 4)[0, [15, 16]].tolist() == [8.0, -8.0]
+    assert unpacked(got["packed"], got["scales"], None, None, 4)[0, [15, 16]].tolist() == [8.0, -8.0]
 
 
 def test_two_numbers_are_in_a_byte_the_first_one_low() -> None:
     weight = torch.tensor([[-8.0, 7.0, 1.0, 0.0] + [0.0] * 12])
-    packed = loaded(packed_groups(Weight.of(weight), 4, 16))["packed"]
+    packed = loaded(nearest_groups(Weight.of(weight), Packing(4, 16, symmetric=True)))["packed"]
     assert packed[0, 0, :3].tolist() == [0 | 15 << 4, 9 | 8 << 4, 8 | 8 << 4]
 
 
@@ -534,9 +534,15 @@ def test_the_standard_dialect_in_onnxruntime_without_a_bias(scheme: str) -> None
             assert_relative(got, expected)
 
 
-def test_packed_weights_have_no_standard_lowering() -> None:
-    with pytest.raises(LoweringError, match="packed_linear"):
-        emit(quantized(BEFORE, quantize("weight_only")))
+def test_packed_weights_are_int4_in_blocks_in_the_standard_dialect() -> None:
+    graph = quantized(BEFORE, quantize("weight_only"))
+    model = emit(graph)
+    assert {tensor.data_type for tensor in model.graph.initializer if "signed" in tensor.name} == {
+        onnx.TensorProto.INT4
+    }
+    for inputs in feeds():
+        for got, expected in zip(run_onnxruntime(model, inputs), run(graph, inputs).values(), strict=True):
+            assert_relative(got, expected)
 
 
 @pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_token"])
@@ -562,7 +568,8 @@ def test_a_tied_table_in_onnxruntime(options: dict[str, int]) -> None:
 @pytest.mark.parametrize(("bits", "group"), [(4, 16), (8, 16), (8, 32)])
 def test_rows_of_a_packed_table_are_those_of_its_weight(bits: int, group: int) -> None:
     weight = torch.randn(TABLE, 20)
-    packed, scales = rounded_groups(weight, bits, group)
+    parts = loaded(nearest_groups(Weight.of(weight), Packing(bits, group, symmetric=True)))
+    packed, scales = parts["packed"], parts["scales"]
     places = torch.tensor([[0, 3], [TABLE - 1, 5]])
     rows = torch.ops.graphopt.unpack_rows(packed[places], scales[places], bits=bits, features=20)
     torch.testing.assert_close(rows, weight[places], atol=float(scales.abs().max()), rtol=0)
@@ -612,7 +619,7 @@ def report_of(compiled: Any, kind: str = "quantize") -> PassReport:
 def holds(compiled: Any) -> bool:
     """What the pass leaves and the engine keep the pass's own budget."""
     checked = [report_of(compiled).parity, compiled.manifest.report.engine]
-    return all(parity.holds and (parity.metric, parity.limit) == ("cosine", 0.9) for parity in checked)
+    return all(parity.holds and (parity.metric, parity.limit) == ("cosine", 0.8) for parity in checked)
 
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -18,11 +19,12 @@ from graphopt.dims import Dim, Size, names_of
 from graphopt.execution import run
 from graphopt.ir import DimRange, Graph, TensorType, Weight
 from graphopt.ops import SHAPES
-from graphopt.ops.quantization import unpacked
-from tests.onnx_helpers import ONNXRUNTIME, emit, run_onnxruntime, run_reference
+from graphopt.ops.quantization import FP8, unpacked
+from tests.onnx_helpers import ONNXRUNTIME, check_everywhere, emit, run_onnxruntime, run_reference
 
 OPS: Any = torch.ops.graphopt
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+INT8, BYTE = torch.int8, torch.uint8
 H, D, N = 3, 4, 5
 #: Shapes of x and of its scale.
 SCALED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -98,6 +100,46 @@ def test_back_and_forth_is_within_half_a_step(values: list[int], power: int) -> 
     assert torch.equal(again, back)
 
 
+# float8
+
+
+def as_float8(x: Array, scale: Array) -> Array:
+    """By numpy and ml_dtypes, saturated at 448."""
+    made: Array = np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return made
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_float8_is_what_ml_dtypes_makes_of_it(name: str) -> None:
+    shape, own = SCALED[name]
+    x, scale = torch.randn(shape) * 20, scale_of(own)
+    got = OPS.quantize(x, scale, dtype=FP8)
+    expected = as_float8(x.numpy(), scale.numpy())
+    assert got.dtype == FP8
+    np.testing.assert_array_equal(got.float().numpy(), expected.astype(np.float32))
+    np.testing.assert_array_equal(OPS.dequantize(got, scale).numpy(), expected.astype(np.float32) * scale.numpy())
+
+
+def test_float8_goes_to_the_even_number_and_saturates() -> None:
+    """17 and 19 are in the middle of two numbers, 2**-10 of 0 and the smallest one; what is larger than 448 is no NaN."""
+    x = torch.tensor([17.0, 19.0, -17.0, 2.0**-10, 3 * 2.0**-10, 448.0, 465.0, 1e30, -1e30, torch.inf])
+    got = OPS.quantize(x, torch.tensor(1.0), dtype=FP8).float()
+    assert got.tolist() == [16.0, 20.0, -16.0, 0.0, 2.0**-8, 448.0, 448.0, 448.0, -448.0, 448.0]
+
+
+@pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_static_linear_is_a_scaled_product(dtype: torch.dtype, several: bool, with_bias: bool) -> None:
+    x, weight = (torch.randint(-100, 101, shape).to(dtype) for shape in ((2, 3, 6), (N, 6)))
+    step, scale, bias = torch.tensor(0.03), scale_of((N,) if several else ()), torch.randn(N) if with_bias else None
+    product = x.double().numpy() @ weight.double().numpy().T * (0.03 * scale.double().numpy())
+    got = OPS.static_linear(x, step, weight, scale, bias)
+    assert (got.dtype, got.shape) == (torch.float32, (2, 3, N))
+    expected = product + (0.0 if bias is None else bias.double().numpy())
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-4)
+
+
 # dynamic_linear
 
 
@@ -146,9 +188,10 @@ def test_dynamic_linear_of_zeros_is_its_bias() -> None:
 
 
 def packed_by_hand(numbers: Array, bits: int) -> Array:
-    """Numbers ``[N, G, block]`` as bytes, of two nibbles the first one low."""
+    """Numbers ``[..., count]`` as bytes, of two nibbles the first one low; behind an odd one a 0."""
     if bits == 8:
         return numbers.astype(np.uint8)
+    numbers = np.concatenate([numbers, np.zeros((*numbers.shape[:-1], numbers.shape[-1] % 2), np.int64)], -1)
     made: Array = (numbers[..., 0::2] | (numbers[..., 1::2] << 4)).astype(np.uint8)
     return made
 
@@ -158,28 +201,29 @@ class Packed:
 
     def __init__(self, features: int, bits: int, block: int, with_zeros: bool) -> None:
         generator = np.random.default_rng(0)
+        self.bits = bits
         groups = -(-features // block)
         numbers = generator.integers(0, 2**bits, (N, groups, block))
         self.scales = generator.random((N, groups)).astype(np.float32)
-        self.zeros = generator.integers(0, 2**bits, (N, groups)).astype(np.uint8) if with_zeros else None
-        middle = np.full((N, groups), 2 ** (bits - 1)) if self.zeros is None else self.zeros.astype(np.int64)
+        self.zeros = generator.integers(0, 2**bits, (N, groups)) if with_zeros else None
+        middle = np.full((N, groups), 2 ** (bits - 1)) if self.zeros is None else self.zeros
         whole = (numbers - middle[..., None]) * self.scales[..., None]
         self.weight = whole.reshape(N, groups * block)
         self.packed = packed_by_hand(numbers, bits)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        zeros = None if self.zeros is None else torch.from_numpy(self.zeros)
+        zeros = None if self.zeros is None else torch.from_numpy(packed_by_hand(self.zeros, self.bits))
         return torch.from_numpy(self.packed), torch.from_numpy(self.scales), zeros
 
 
-PACKED = list(itertools.product((4, 8), (16, 32, 20), (16,), (True, False)))
+PACKED = list(itertools.product((4, 8), (16, 32, 20, 40), (16,), (True, False)))
 
 
 @pytest.mark.parametrize(("bits", "features", "block", "with_zeros"), PACKED)
 def test_a_packed_weight_is_what_it_was_packed_of(bits: int, features: int, block: int, with_zeros: bool) -> None:
     made = Packed(features, bits, block, with_zeros)
     packed, scales, zeros = made.tensors()
-    np.testing.assert_allclose(unpacked(packed, scales, zeros, bits).numpy(), made.weight, rtol=1e-6)
+    np.testing.assert_allclose(unpacked(packed, scales, zeros, None, bits).numpy(), made.weight, rtol=1e-6)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -189,9 +233,28 @@ def test_packed_linear_is_a_linear(bits: int, features: int, block: int, with_ze
     made = Packed(features, bits, block, with_zeros)
     x, bias = torch.randn(2, 3, features), torch.randn(N) if with_bias else None
     expected = x.double().numpy() @ made.weight[:, :features].T + (0.0 if bias is None else bias.double().numpy())
-    got = OPS.packed_linear(x, *made.tensors(), bias, bits=bits, block=block)
+    got = OPS.packed_linear(x, *made.tensors(), bias=bias, bits=bits, block=block)
     assert got.shape == (2, 3, N)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_numbers_of_a_codebook(bits: int) -> None:
+    """Each is looked up and scaled; rows of it as well."""
+    codebook = np.random.default_rng(1).standard_normal(2**bits).astype(np.float32)
+    numbers = np.random.default_rng(2).integers(0, 2**bits, (N, 2, 16))
+    scales = np.random.default_rng(3).random((N, 2)).astype(np.float32)
+    weight = (np.take(codebook, numbers) * scales[..., None]).reshape(N, 32)[:, :20]
+    parts = [
+        torch.from_numpy(packed_by_hand(numbers, bits)),
+        torch.from_numpy(scales),
+        None,
+        torch.from_numpy(codebook),
+    ]
+    x = torch.randn(3, 20)
+    got = OPS.packed_linear(x, *parts, bits=bits, block=16)
+    np.testing.assert_allclose(got.numpy(), x.numpy() @ weight.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(OPS.unpack_rows(*parts, bits=bits, features=20).numpy(), weight)
 
 
 def test_packed_linear_in_halves_has_the_dtype_of_its_input() -> None:
@@ -209,25 +272,43 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-INT8, BYTE = torch.int8, torch.uint8
 LINEAR: dict[str, Any] = {"weight": empty(N, 6, dtype=INT8), "scale": empty(N), "bias": empty(N)}
 GROUPS: dict[str, Any] = {
-    "x": empty(2, 3, 20), "packed": empty(N, 2, 8, dtype=BYTE), "scales": empty(N, 2), "zeros": None, "bias": None,
-    "bits": 4, "block": 16,
+    "x": empty(2, 3, 20), "packed": empty(N, 2, 8, dtype=BYTE), "scales": empty(N, 2), "zeros": None, "codebook": None,
+    "bias": None, "bits": 4, "block": 16,
+}  # fmt: skip
+ROWS: dict[str, Any] = {
+    "packed": empty(2, 3, 5, 8, dtype=BYTE), "scales": empty(2, 3, 5), "zeros": empty(2, 3, 3, dtype=BYTE),
+    "codebook": None, "bits": 4, "features": 77,
 }  # fmt: skip
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"quantize by {name}": ("quantize", {"x": empty(*x), "scale": empty(*s) + 1}) for name, (x, s) in SCALED.items()},
+    **{
+        f"quantize by {name}": ("quantize", {"x": empty(*x), "scale": empty(*s) + 1, "dtype": None})
+        for name, (x, s) in SCALED.items()
+    },
     **{
         f"dequantize by {name}": ("dequantize", {"x": empty(*x, dtype=INT8), "scale": empty(*s)})
         for name, (x, s) in SCALED.items()
     },
+    "quantize to float8": ("quantize", {"x": empty(3), "scale": empty() + 1, "dtype": FP8}),
+    "dequantize float8": ("dequantize", {"x": empty(3, dtype=FP8), "scale": empty()}),
+    **{
+        f"static_linear of {dtype}": (
+            "static_linear",
+            {"x": empty(2, 6, dtype=dtype), "x_scale": empty(), **LINEAR, "weight": empty(N, 6, dtype=dtype)},
+        )
+        for dtype in (INT8, FP8)
+    },
+    "unpack_rows": ("unpack_rows", ROWS),
+    "unpack_rows by a codebook": ("unpack_rows", ROWS | {"codebook": empty(16), "zeros": None}),
+    "packed_linear by a codebook": ("packed_linear", GROUPS | {"codebook": empty(16)}),
     "dequantize to halves": ("dequantize", {"x": empty(3, dtype=INT8), "scale": empty(dtype=torch.float16)}),
     "dynamic_linear": ("dynamic_linear", {"x": empty(2, 3, 6), **LINEAR}),
     "dynamic_linear of a vector": ("dynamic_linear", {"x": empty(6), **LINEAR, "bias": None}),
     "dynamic_linear by one scale": ("dynamic_linear", {"x": empty(2, 6), **LINEAR, "scale": empty()}),
     "packed_linear": ("packed_linear", GROUPS),
     "packed_linear of bytes": ("packed_linear", GROUPS | {"packed": empty(N, 2, 16, dtype=BYTE), "bits": 8}),
-    "packed_linear of everything": ("packed_linear", GROUPS | {"zeros": empty(N, 2, dtype=BYTE), "bias": empty(N)}),
+    "packed_linear of everything": ("packed_linear", GROUPS | {"zeros": empty(N, 1, dtype=BYTE), "bias": empty(N)}),
 }  # fmt: skip
 
 
@@ -263,8 +344,14 @@ def test_scales_that_do_not_fit_are_refused(op: str, scale: Tensor, reason: str)
 def test_numbers_of_another_dtype_are_refused() -> None:
     scale = empty(dtype=torch.float16)
     refused("quantize", {"x": empty(3), "scale": scale}, "x is torch.float32, its scale torch.float16")
+    for dtype in (torch.float16, BYTE, torch.float8_e5m2):
+        refused(
+            "quantize", {"x": empty(3), "scale": empty(), "dtype": dtype}, f"{dtype} is neither int8 nor float8_e4m3"
+        )
     for dtype in (torch.float32, BYTE, torch.int32):
-        refused("dequantize", {"x": empty(3, dtype=dtype), "scale": scale}, f"x is {dtype}, not int8")
+        refused(
+            "dequantize", {"x": empty(3, dtype=dtype), "scale": scale}, f"x is {dtype}, neither int8 nor float8_e4m3fn"
+        )
 
 
 @pytest.mark.parametrize(
@@ -288,20 +375,40 @@ def test_linears_that_do_not_fit_are_refused(change: dict[str, Tensor], reason: 
     ("change", "reason"),
     [
         ({"bits": 2}, "packed .* is no uint8"),
-        ({"packed": empty(N, 2, 8, dtype=INT8)}, "packed .* is no uint8"),
+        ({"packed": empty(N, 2, 8, dtype=INT8)}, r"packed \[5, 2, 8\] \(torch.int8\) .* do not fit together"),
         ({"packed": empty(N, 2, 16, dtype=BYTE)}, r"packed \[5, 2, 16\] is no uint8 \[N, groups, 8\]"),
         ({"packed": empty(N, 16, dtype=BYTE)}, "is no uint8"),
         ({"x": empty(2, 33)}, "2 groups of 16 do not fit 33 features"),
         ({"x": empty(2, 16)}, "2 groups of 16 do not fit 16 features"),
-        ({"scales": empty(N, 3)}, r"do not fit 20 features and scales \[5, 3\]"),
-        ({"scales": empty(N)}, r"do not fit 20 features and scales \[5\]"),
-        ({"zeros": empty(N, 3, dtype=BYTE)}, "zeros .* are no uint8"),
-        ({"zeros": empty(N, 2)}, "zeros .* are no uint8"),
+        ({"scales": empty(N, 3)}, r"packed \[5, 2, 8\] .* and scales \[5, 3\] do not fit"),
+        ({"scales": empty(N)}, r"packed \[5, 2, 8\] .* and scales \[5\] do not fit"),
+        ({"zeros": empty(N, 2, dtype=BYTE)}, r"zeros \[5, 2\] .* are no uint8 \[5, 1\]"),
+        ({"zeros": empty(N, 1)}, "zeros .* are no uint8"),
+        ({"codebook": empty(15)}, r"codebook \[15\] does not hold 16 numbers"),
+        ({"codebook": empty(16), "zeros": empty(N, 1, dtype=BYTE)}, "or there are zeros beside it"),
         ({"bias": empty(N + 1)}, "bias .* is not of 5 channels"),
     ],
 )
 def test_packed_linears_that_do_not_fit_are_refused(change: dict[str, Any], reason: str) -> None:
     refused("packed_linear", GROUPS | change, reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"x": empty(2, 6)}, "x is torch.float32, not int8 or float8_e4m3fn with one scale"),
+        ({"x_scale": empty(1)}, "not int8 or float8_e4m3fn with one scale"),
+        ({"x": empty(2, 6, dtype=FP8)}, r"weight \[5, 6\] \(torch.int8\) is no float8_e4m3fn \[N, 6\]"),
+        ({"weight": empty(N, 6, dtype=FP8)}, r"weight \[5, 6\] \(torch.float8_e4m3fn\) is no int8"),
+    ],
+)
+def test_products_of_what_does_not_fit_are_refused(change: dict[str, Tensor], reason: str) -> None:
+    refused("static_linear", {"x": empty(2, 6, dtype=INT8), "x_scale": empty(), **LINEAR} | change, reason)
+
+
+@pytest.mark.parametrize("features", [0, 81])
+def test_rows_of_more_features_than_there_are_are_refused(features: int) -> None:
+    refused("unpack_rows", ROWS | {"features": features}, f"does not hold {features} features")
 
 
 def test_an_odd_block_of_nibbles_is_refused() -> None:
@@ -438,3 +545,70 @@ def test_a_scale_for_each_row_of_any_batch(op: str) -> None:
     dtype = INT8 if op == "dequantize" else torch.float32
     made = Made(op, (dtype, (batch, 3)), TensorType(torch.float32, (batch, 1)))
     made.check(*({"x": example(op, (rows, 3)), "scale": scale_of((rows, 1))} for rows in (1, 2, 5)))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_float8_in_onnx(name: str) -> None:
+    shape, own = SCALED[name]
+    graph = Graph()
+    x, scale = graph.add_input("x", TensorType(torch.float32, shape)), graph.add_weight("s", Weight.of(scale_of(own)))
+    numbers = graph.insert("graphopt.quantize.default", {"x": x, "scale": scale, "dtype": FP8}).output
+    graph.outputs["y"] = graph.insert("graphopt.dequantize.default", {"x": numbers, "scale": scale}).output
+    check_everywhere(graph, [{"x": torch.randn(shape) * 20}], 1e-6)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", [None, FP8], ids=str)
+def test_static_linear_in_onnx(dtype: torch.dtype | None, with_bias: bool) -> None:
+    """Of any number of rows."""
+    graph = Graph(dims={"batch": DimRange()})
+    x = graph.add_input("x", TensorType(torch.float32, (Dim.named("batch"), 6)))
+    args: dict[str, Any] = {"x_scale": graph.add_weight("step", Weight.of(torch.tensor(0.02)))}
+    numbers = graph.insert("graphopt.quantize.default", {"x": x, "scale": args["x_scale"], "dtype": dtype}).output
+    weight = torch.randint(-100, 101, (N, 6)).to(dtype or INT8)
+    parts = {"weight": weight, "scale": scale_of((N,)), **({"bias": torch.randn(N)} if with_bias else {})}
+    args |= {name: graph.add_weight(name, Weight.of(part)) for name, part in parts.items()}
+    graph.outputs["y"] = graph.insert("graphopt.static_linear.default", {"x": numbers, **args}).output
+    check_everywhere(graph, [{"x": torch.randn(rows, 6)} for rows in (1, 4)], 1e-4)
+
+
+def of_rows(parts: Mapping[str, Tensor], **options: int) -> Graph:
+    """A graph of unpack_rows, of as many rows as there are; a codebook is a weight."""
+    graph, rows = Graph(dims={"rows": DimRange()}), Dim.named("rows")
+    args: dict[str, Any] = {
+        name: graph.add_weight(name, Weight.of(part))
+        if name == "codebook"
+        else graph.add_input(name, TensorType(part.dtype, (rows, *part.shape[1:])))
+        for name, part in parts.items()
+    }
+    graph.outputs["y"] = graph.insert("graphopt.unpack_rows.default", {**args, **options}).output
+    return graph
+
+
+def of_linear(parts: Mapping[str, Tensor], **options: int) -> Graph:
+    graph = Graph(dims={"rows": DimRange()})
+    args: dict[str, Any] = {name: graph.add_weight(name, Weight.of(part)) for name, part in parts.items()}
+    args["x"] = graph.add_input("x", TensorType(torch.float32, (Dim.named("rows"), options.pop("features"))))
+    graph.outputs["y"] = graph.insert("graphopt.packed_linear.default", {**args, **options}).output
+    return graph
+
+
+BY = list(itertools.product((4, 8), (20, 40), ("middle", "zeros", "codebook")))
+
+
+@pytest.mark.parametrize(("bits", "features", "by"), BY)
+def test_packed_weights_in_onnx(bits: int, features: int, by: str) -> None:
+    """Two groups and three: zeros fill their bytes, or not. onnxruntime's own products round their inputs as well."""
+    packed, scales, zeros = Packed(features, bits, 16, by == "zeros").tensors()
+    parts = {"packed": packed, "scales": scales}
+    parts |= {"zeros": zeros} if zeros is not None else {"codebook": torch.randn(2**bits)} if by == "codebook" else {}
+    few = {name: part if name == "codebook" else part[:2] for name, part in parts.items()}
+    rows = of_rows(parts, bits=bits, features=features)
+    check_everywhere(rows, [{n: p for n, p in each.items() if n != "codebook"} for each in (parts, few)], 1e-6)
+    graph = of_linear(parts, bits=bits, block=16, features=features)
+    for inputs in ({"x": torch.randn(count, features)} for count in (1, 4)):
+        expected = run(graph, inputs)["y"].numpy()
+        for got in (run_reference(emit(graph), inputs)[0], run_onnxruntime(emit(graph), inputs)[0]):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        own = run_onnxruntime(emit(graph, ONNXRUNTIME), inputs)[0]
+        assert np.abs(own - expected).max() <= (1e-4 if by == "codebook" else 2e-2) * np.abs(expected).max()

@@ -16,7 +16,8 @@ from graphopt.errors import CalibrationError, NoMatchError, PipelineError
 from graphopt.execution import run
 from graphopt.ir import Graph, Weight
 from graphopt.passes.quantize import Quantize
-from graphopt.passes.smooth_activations import SmoothActivations, smoothing
+from graphopt.passes.rescaling import smoothing
+from graphopt.passes.smooth_activations import SmoothActivations
 from graphopt.pipeline import Context, load_passes, run_passes
 from graphopt.schemas.calibration import Calibration
 from graphopt.schemas.report import PassReport

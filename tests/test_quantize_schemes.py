@@ -1,0 +1,495 @@
+"""quantize: smoothed inputs, outliers in floats, float8, NormalFloat, zero points, GPTQ, AWQ, and what is kept by a budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.errors import PipelineError
+from graphopt.execution import run
+from graphopt.ir import Graph, Weight
+from graphopt.ops.quantization import unpacked
+from graphopt.passes.quantize import Quantize
+from graphopt.passes.quantized_weights import NF4
+from graphopt.passes.rounding import gptq, grid_of
+from graphopt.pipeline import Context, load_passes, run_passes
+from graphopt.schemas.report import LayerPrecision, PassReport
+from graphopt.sources import Source
+from tests.onnx_helpers import ONNXRUNTIME, emit, run_onnxruntime, run_reference
+from tests.rules import difference, inputs_of, load, program, read
+from tests.test_quantize import BEFORE, GATE, HEAD, OUTPUTS, SIZES, TABLE, TIED, UP, assert_relative, by_groups, by_rows
+
+OUTLIERS = [7, 30]
+
+
+def tokens(batches: int = 2) -> Tensor:
+    """``[batches, 2, 6, 40]``: around a half, two features of them ten times as large."""
+    x = torch.randn(batches, 2, 6, 40, generator=torch.Generator().manual_seed(5)).clamp(-3, 3) + 0.5
+    x[..., OUTLIERS] *= 10
+    return x
+
+
+DATA: dict[str, Any] = {"calibration": {"data": [{"x": batch} for batch in tokens()]}}
+IDS: dict[str, Any] = {"calibration": {"data": [{"ids": torch.arange(60).reshape(2, 30)}]}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "int8_smooth": {"scheme": "int8_smooth", "strength": 0.5, **DATA},
+    "llm_int8": {"scheme": "llm_int8", **DATA},
+    "fp8": {"scheme": "fp8", **DATA},
+    "nf4": {"scheme": "nf4"},
+    "zeros": {"scheme": "weight_only", "symmetric": False},
+    "gptq": {"scheme": "weight_only", "algorithm": "gptq", **DATA},
+    "awq": {"scheme": "weight_only", "algorithm": "awq", **DATA},
+}
+schemes = pytest.mark.parametrize("name", OPTIONS)
+
+
+def step_of(scheme: str, **options: Any) -> Quantize:
+    (step,) = load_passes([{"kind": "canonicalize"}, {"kind": "quantize", "scheme": scheme, **options}])[1:]
+    assert isinstance(step, Quantize)
+    return step
+
+
+def source_of(name: str) -> Source:
+    x = torch.zeros(2, 6, 40) if name == "x" else torch.zeros(2, 6, dtype=torch.int64)
+    return Source(nn.Identity(), {name: x}, {name: ("batch", "sequence", None)[: x.ndim]})
+
+
+def applied(graph: Graph, scheme: str, **options: Any) -> PassReport:
+    context = Context(source=source_of(next(iter(graph.inputs))))
+    (report,) = run_passes(graph, [step_of(scheme, **options)], context=context)
+    return report
+
+
+def quantized(name: str, **options: Any) -> Graph:
+    graph = read(BEFORE)
+    applied(graph, **OPTIONS[name], **options)
+    return graph
+
+
+# What the pass writes
+
+
+def rows_of(layer: str, channels: int, kind: str = "int8: i8") -> str:
+    name, type = kind.split(": ")
+    return f"weight %mlp.{layer}.{name}: {type}[{channels}, 40]\nweight %mlp.{layer}.scale: f32[{channels}]\n"
+
+
+def static_of(x: str, scale: str, weight: str) -> str:
+    call = f"graphopt.static_linear.default(x={x}, x_scale={scale}"
+    return f"""
+    {UP} {call}, weight=%mlp.up.{weight}, scale=%mlp.up.scale, bias=%mlp.up.bias)
+    {GATE} {call}, weight=%mlp.gate.{weight}, scale=%mlp.gate.scale)
+    {OUTPUTS}"""
+
+
+def packed_of(*more: str, x: str = "x", head: str = "", mul: str = "") -> str:
+    """``more``: other parts than packed and scales, each with its type, N for the channels."""
+    weights, calls = [f"{HEAD}\nweight %mlp.up.bias: f32[6]\n{head}"], [mul]
+    for layer, channels, line, bias in (("up", 6, UP, ", bias=%mlp.up.bias"), ("gate", 5, GATE, "")):
+        parts = [f"packed: u8[{channels}, 2, 16]", f"scales: f32[{channels}, 2]", *more]
+        weights += [f"weight %mlp.{layer}.{part.replace('N', str(channels))}" for part in parts]
+        own = "".join(f", {part.split(':')[0]}=%mlp.{layer}.{part.split(':')[0]}" for part in parts)
+        calls.append(f"{line} graphopt.packed_linear.default(x=%{x}{own}{bias}, bits=4, block=32)")
+    return "\n".join([*weights, *calls, OUTPUTS])
+
+
+BIAS = "weight %mlp.up.bias: f32[6]\n"
+SMOOTH = "%mul: f32[batch, sequence, 40] = aten.mul.Tensor(self=%x, other=%x.smooth)\n"
+BY_TOKEN = "graphopt.dynamic_linear.default(x=%mul, weight=%mlp"
+AFTER = {
+    "int8_smooth": f"""{HEAD}{BIAS}weight %x.smooth: f32[40]
+    {rows_of("up", 6)}weight %mul.scale: f32[]
+    {rows_of("gate", 5)}{SMOOTH}
+    %quantize: i8[batch, sequence, 40] = graphopt.quantize.default(x=%mul, scale=%mul.scale)
+    {static_of("%quantize", "%mul.scale", "int8")}""",
+    "fp8": f"""{HEAD}{BIAS}{rows_of("up", 6, "fp8: f8e4m3")}weight %x.scale: f32[]
+    {rows_of("gate", 5, "fp8: f8e4m3")}
+    %quantize: f8e4m3[batch, sequence, 40] = graphopt.quantize.default(x=%x, scale=%x.scale, dtype=f8e4m3)
+    {static_of("%quantize", "%x.scale", "fp8")}""",
+    "llm_int8": f"""{HEAD}{BIAS}{rows_of("up", 6)}
+    weight %x.kept: f32[40]
+    weight %x.outliers: i64[2]
+    weight %mlp.up.outliers: f32[6, 2]
+    {rows_of("gate", 5)}weight %mlp.gate.outliers: f32[5, 2]
+    %mul: f32[batch, sequence, 40] = aten.mul.Tensor(self=%x, other=%x.kept)
+    %index_select: f32[batch, sequence, 2] = aten.index_select.default(self=%x, dim=2, index=%x.outliers)
+    %dynamic_linear: f32[batch, sequence, 6] = {BY_TOKEN}.up.int8, scale=%mlp.up.scale, per_token=True)
+    %linear: f32[batch, sequence, 6] = aten.linear.default(input=%index_select, weight=%mlp.up.outliers, bias=%mlp.up.bias)
+    {UP} aten.add.Tensor(self=%dynamic_linear, other=%linear)
+    %dynamic_linear_1: f32[batch, sequence, 5] = {BY_TOKEN}.gate.int8, scale=%mlp.gate.scale, per_token=True)
+    %linear_1: f32[batch, sequence, 5] = aten.linear.default(input=%index_select, weight=%mlp.gate.outliers)
+    {GATE} aten.add.Tensor(self=%dynamic_linear_1, other=%linear_1)
+    {OUTPUTS}""",
+    "nf4": packed_of("codebook: f32[16]"),
+    "zeros": packed_of("zeros: u8[N, 1]"),
+    "gptq": packed_of(),
+    "awq": packed_of(x="mul", head="weight %x.smooth: f32[40]", mul=SMOOTH),
+}
+
+
+@schemes
+def test_fires(name: str) -> None:
+    graph = read(BEFORE)
+    report = applied(graph, **OPTIONS[name])
+    assert str(graph) == program(AFTER[name]), difference(program(AFTER[name]), str(graph))
+    assert report.matches == {OPTIONS[name]["scheme"]: 2}
+
+
+def test_without_outliers_all_are_integers() -> None:
+    graph = read(BEFORE)
+    applied(graph, "int8_token")
+    assert str(quantized("llm_int8", outliers=100)) == str(graph)
+
+
+# What is computed
+
+
+def weights() -> tuple[Tensor, Tensor, Tensor]:
+    graph = load(program(BEFORE))
+    up, gate, bias = (graph.weights[f"mlp.{name}"].load() for name in ("up.weight", "gate.weight", "up.bias"))
+    return up, gate, bias
+
+
+def by_row(weight: Tensor) -> Tensor:
+    numbers, scale = by_rows(weight.numpy())
+    return torch.from_numpy(numbers * scale[:, None])
+
+
+def in_float8(x: Tensor, scale: Tensor) -> Tensor:
+    rounded = np.clip((x / scale).numpy(), -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return torch.from_numpy(rounded) * scale
+
+
+def by_group(weight: Tensor, form: str) -> Tensor:
+    """Groups of 32 one after another: the nearest of NormalFloat, or of 16 numbers from the smallest to the largest."""
+    parts = []
+    for part in torch.split(weight, 32, 1):
+        if form == "nf4":
+            largest, codes = part.abs().amax(1, keepdim=True), torch.tensor(NF4)
+            parts.append(codes[(part[..., None] / largest[..., None] - codes).abs().argmin(2)] * largest)
+        else:
+            low, high = part.amin(1, keepdim=True).clamp(max=0), part.amax(1, keepdim=True).clamp(min=0)
+            step = (high - low) / 15
+            zero = (-low / step).round()
+            parts.append(((part / step + zero).round().clamp(0, 15) - zero) * step)
+    return torch.cat(parts, 1)
+
+
+def by_moment(weight: Tensor, moment: Tensor) -> Tensor:
+    grid = grid_of(weight, 4, 32, symmetric=True, importance=moment.diagonal())
+    return grid.values(gptq(weight, moment, grid))
+
+
+def protected(up: Tensor, gate: Tensor, moment: Tensor) -> list[Tensor]:
+    """The best of the powers, by brute force, then ranges by what each feature counts."""
+    magnitude, both = moment.diagonal().sqrt(), torch.cat([up, gate]).numpy()
+    tried = {}
+    for power in (step / 20 for step in range(20)):
+        factors = magnitude**power / (magnitude**power).max().mul((magnitude**power).min()).sqrt()
+        numbers, scales = by_groups(both * factors.numpy(), 4, 32)
+        off = torch.from_numpy((numbers * scales[..., None]).reshape(11, -1)[:, :40] / factors.numpy() - both)
+        tried[float(torch.einsum("nk,kl,nl->", off, moment.double(), off))] = factors
+    factors = tried[min(tried)]
+    grids = [grid_of(w * factors, 4, 32, symmetric=True, importance=(magnitude / factors) ** 2) for w in (up, gate)]
+    return [grid.values(grid.numbers(w * factors)) / factors for grid, w in zip(grids, (up, gate), strict=True)]
+
+
+def operands(name: str, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """An input and both weights as a scheme has them."""
+    up, gate, _ = weights()
+    own = tokens().reshape(-1, 40)
+    moment = own.T @ own / len(own)
+    if name == "int8_smooth":
+        factors = (own.abs().amax(0) / torch.cat([up, gate]).abs().amax(0)).sqrt()
+        step = (own.abs().amax(0) / factors).max() / 127
+        made = (x / factors / step).round().clamp(-128, 127) * step
+        return made, [by_row(weight * factors) for weight in (up, gate)]
+    if name == "fp8":
+        halves = [in_float8(weight, weight.abs().amax(1, keepdim=True) / 448) for weight in (up, gate)]
+        return in_float8(x, own.abs().max() / 448), halves
+    if name == "gptq":
+        return x, [by_moment(weight, moment) for weight in (up, gate)]
+    if name == "awq":
+        return x, protected(up, gate, moment)
+    return x, [by_group(weight, name) for weight in (up, gate)]
+
+
+def with_outliers(x: Tensor, weight: Tensor) -> Tensor:
+    rest = x.clone()
+    rest[..., OUTLIERS] = 0
+    step = rest.abs().amax(-1, keepdim=True) / 127
+    return (rest / step).round() * step @ by_row(weight).T + x[..., OUTLIERS] @ weight[:, OUTLIERS].T
+
+
+@schemes
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_products_are_of_rounded_numbers(name: str, sizes: dict[str, int]) -> None:
+    graph = quantized(name)
+    x = inputs_of(graph, sizes)["x"]
+    x[0, 0, 7], x[0, 0, 0] = 80.0, 20.0  # more than in the data
+    got, (up, gate, bias) = run(graph, {"x": x}), weights()
+    if name == "llm_int8":
+        expected = {"up": with_outliers(x, up) + bias, "gate": with_outliers(x, gate)}
+    else:
+        own, (up, gate) = operands(name, x)
+        expected = {"up": own @ up.T + bias, "gate": own @ gate.T}
+    for output, tensor in expected.items():
+        torch.testing.assert_close(got[output], tensor.float(), rtol=1e-4, atol=1e-3)
+
+
+@schemes
+def test_engines_compute_what_the_interpreter_does(name: str) -> None:
+    """Both linears of one input, and one of them alone. Own products of packed integers round their inputs as well."""
+    integers = name in ("zeros", "gptq", "awq")
+    for options in ({}, {"skip": ("*.gate",)}):
+        graph = quantized(name, **options)
+        standard, own = emit(graph), emit(graph, ONNXRUNTIME)
+        onnx.checker.check_model(standard, full_check=True)
+        assert {node.op_type for node in own.graph.node} & (
+            {"MatMulNBits"} if integers else {"MatMulIntegerToFloat", "DynamicQuantizeLinear", "MatMul"}
+        )
+        for inputs in ({"x": tokens()[0]}, inputs_of(graph, SIZES[1])):
+            for index, expected in enumerate(run(graph, inputs).values()):
+                assert_relative(run_reference(standard, inputs)[index], expected)
+                assert_relative(run_onnxruntime(standard, inputs)[index], expected)
+                assert_relative(run_onnxruntime(own, inputs)[index], expected, 2e-2 if integers else 1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"algorithm": "awq", **IDS}, {"algorithm": "gptq", **IDS}, {"symmetric": False}, {"scheme": "nf4"}],
+    ids=["awq", "gptq", "zeros", "nf4"],
+)
+def test_a_tied_table_is_one_and_looked_up_right(options: dict[str, Any]) -> None:
+    """Rows that were scaled for the linear are divided again: they are the table's, up to a step of 4 bits."""
+    graph = read(TIED.replace("output y", "output e = %e\noutput y"))
+    ids = torch.tensor([[0, 7, TABLE - 1]])
+    before = run(graph, {"ids": ids})
+    report = applied(graph, **{"scheme": "weight_only", **options})
+    assert [layer.precision for layer in report.layers][1:] == ["as its linear"]
+    assert [name for name in graph.weights if name.startswith("embed.packed")] == ["embed.packed"]
+    assert "embed.weight" not in graph.weights
+    got = run(graph, {"ids": ids})
+    steps = before["e"].abs().amax(-1, keepdim=True) * (0.5 if "algorithm" in options else 0.2)
+    assert bool(((got["e"] - before["e"]).abs() <= steps).all())
+    for output in ("e", "y"):
+        assert float(torch.cosine_similarity(got[output].flatten(), before[output].flatten(), 0)) > 0.98
+    for index, expected in enumerate(got.values()):
+        assert_relative(run_onnxruntime(emit(graph, ONNXRUNTIME), {"ids": ids})[index], expected, 2e-2)
+        assert_relative(run_onnxruntime(emit(graph), {"ids": ids})[index], expected)
+
+
+# Options
+
+GPTQ, MEND = "algorithm: gptq", "bias_correction"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"scheme": "int8_dynamic", "algorithm": "gptq", **DATA}, f"{GPTQ} is for scheme: weight_only, not for int8_dyn"),
+        ({"scheme": "nf4", "algorithm": "awq", **DATA}, "algorithm: awq is for scheme: weight_only, not for nf4"),
+        ({"scheme": "int8_token", "overrides": {"a": {"scheme": "fp8", "algorithm": "gptq"}}, **DATA}, f"{GPTQ} is for"),
+        *(({"scheme": each}, f"scheme: {each} needs calibration") for each in ("int8_smooth", "llm_int8", "fp8")),
+        *(({"scheme": "weight_only", "algorithm": e}, f"{e} needs calibration") for e in ("gptq", "awq")),
+        ({"scheme": "weight_only", MEND: True}, f"{MEND} needs calibration"),
+        ({"scheme": "weight_only", "fallback": "fp32"}, "fallback needs calibration"),
+        ({"scheme": "int8_token", "overrides": {"a": {"scheme": "weight_only", "algorithm": "awq"}}}, "awq needs calibr"),
+        ({"scheme": "nf4", **DATA}, "nothing needs calibration in scheme: nf4"),
+        ({"scheme": "int8_smooth", "strength": 2, **DATA}, "strength.*: Input should be less than or equal to 1"),
+        ({"scheme": "llm_int8", "outliers": 0, **DATA}, "outliers: Input should be greater than 0"),
+        ({"scheme": "weight_only", "algorithm": "gtpq"}, "algorithm: Input should be 'rtn', 'gptq' or 'awq'"),
+        ({"scheme": "nf4", "overrides": {"a": {"bits": 8}}}, "overrides.a"),
+        pytest.param({"scheme": "nf4", "overrides": {"a": {"scheme": "nf4", "bitz": 8}}}, "no option 'overrides.a.bitz'"),
+        pytest.param({"scheme": "nf4", "overrides": {"a": {"scheme": "nf4", "bits": 3}}}, "4 or 8"),
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PipelineError, match=reason):
+        step_of(**options)
+
+
+def test_overrides_have_bits_and_groups_of_their_own() -> None:
+    graph = read(BEFORE)
+    own = {
+        "*.up": {"scheme": "weight_only", "bits": 8, "group": 16},
+        "*.gate": {"scheme": "weight_only", "symmetric": False},
+    }
+    report = applied(graph, "weight_only", group=64, overrides=own)
+    assert [layer.precision for layer in report.layers] == [
+        "int8 in groups of 16",
+        "int4 in groups of 64 with zero points",
+    ]
+    shapes = {name: weight.type.shape for name, weight in graph.weights.items() if name.endswith(("packed", "zeros"))}
+    assert shapes == {"mlp.up.packed": (6, 3, 16), "mlp.gate.packed": (5, 1, 32), "mlp.gate.zeros": (5, 1)}
+    packed, scales = (graph.weights[f"mlp.up.{part}"].load() for part in ("packed", "scales"))
+    assert float((unpacked(packed, scales, None, None, 8)[:, :40] - weights()[0]).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scheme": "nf4", "bits": 8}, {"scheme": "weight_only", "bits": 8, "overrides": {"*.gate": "nf4"}}],
+    ids=["itself", "override"],
+)
+def test_nf4_has_4_bits_whatever_others_have(options: dict[str, Any]) -> None:
+    applied(read(BEFORE), **options)
+
+
+@pytest.mark.parametrize("options", [{"scheme": "int8_smooth"}, {"scheme": "int8_static", MEND: True}], ids=str)
+def test_data_that_can_be_read_once(options: dict[str, Any]) -> None:
+    applied(read(BEFORE), **options, calibration={"data": iter(DATA["calibration"]["data"])})
+
+
+# What is kept
+
+DEEP = f"""{HEAD}
+    weight %a.weight: f32[16, 40]
+    weight %b.weight: f32[16, 16]
+    weight %c.weight: f32[4, 16]
+    %a: f32[batch, sequence, 16] = aten.linear.default(input=%x, weight=%a.weight)
+    %relu: f32[batch, sequence, 16] = aten.relu.default(self=%a)
+    %b: f32[batch, sequence, 16] = aten.linear.default(input=%relu, weight=%b.weight)
+    %y: f32[batch, sequence, 4] = aten.linear.default(input=%b, weight=%c.weight)
+    output y = %y
+"""
+
+
+def with_a_terrible_layer() -> Graph:
+    """``b`` reads a channel of huge numbers, and hardly uses it: by one scale for its input the others are lost."""
+    graph = read(DEEP)
+    a, b = (graph.weights[f"{name}.weight"].load().clone() for name in "ab")
+    a[3] *= 1e4
+    b[:, 3] *= 1e-6
+    graph.set_weight("a.weight", Weight.of(a))
+    graph.set_weight("b.weight", Weight.of(b))
+    return graph
+
+
+def off(graph: Graph) -> float:
+    """The worst ``relative`` of both batches."""
+    pairs = [[run(each, {"x": x})["y"] for each in (graph, with_a_terrible_layer())] for x in tokens()]
+    return max(float((got - expected).abs().max() / expected.abs().max()) for got, expected in pairs)
+
+
+def kept(limit: float, scheme: str = "int8_static", **options: Any) -> tuple[Graph, list[LayerPrecision], str]:
+    graph, context = with_a_terrible_layer(), Context(source=source_of("x"))
+    given = {"fallback": "fp32", "budget": {"metric": "relative", "limit": limit}, "allow_no_match": True}
+    run_passes(graph, [step_of(scheme, **given | options, **DATA)], context=context)
+    return graph, context.layers, context.notes[-1]
+
+
+@pytest.mark.parametrize("fallback", ["fp32", "llm_int8"])
+def test_the_one_terrible_layer_is_kept(fallback: str) -> None:
+    graph, layers, note = kept(0.05, fallback=fallback, outliers=1e4)
+    assert [(layer.module, layer.precision, layer.reason) for layer in layers] == [
+        ("a", "int8_static", None), ("b", fallback, "among the most sensitive"), ("c", "int8_static", None),
+    ]  # fmt: skip
+    assert off(graph) <= 0.05
+    assert note.startswith(f"1 of 3 layers stay in {fallback}: relative {off(graph):.4g} meets 0.05 on 2 batches (")
+    assert ("weight=%b.weight" in str(graph)) == (fallback == "fp32")
+
+
+def test_effects_are_of_each_layer_alone() -> None:
+    _, layers, note = kept(0.05)
+    for layer in layers:
+        alone = with_a_terrible_layer()
+        applied(alone, "int8_static", modules=[layer.module], **DATA)
+        assert layer.effect == pytest.approx(off(alone), rel=1e-4)
+    assert max(layers, key=lambda layer: layer.effect or 0).module == "b"
+    whole = with_a_terrible_layer()
+    applied(whole, "int8_static", **DATA)
+    assert note.endswith(f"({off(whole):.4g} with none)")
+
+
+def test_a_budget_that_holds_at_once_keeps_none() -> None:
+    graph, layers, note = kept(1e9)
+    assert [layer.precision for layer in layers] == ["int8_static"] * 3
+    assert all(layer.effect is not None for layer in layers)
+    assert str(graph).count("static_linear") == 3
+    assert re.match("0 of 3 layers stay in fp32: .* meets 1e\\+09", note)
+
+
+def test_a_budget_that_none_meets_keeps_all_and_says_so() -> None:
+    _, layers, note = kept(1e-9, fallback="int8_token")
+    assert [layer.precision for layer in layers] == ["int8_token"] * 3
+    assert re.match("3 of 3 layers stay in int8_token: .* does not meet 1e-09", note)
+
+
+def test_what_is_skipped_has_no_effect() -> None:
+    _, layers, note = kept(0.05, skip=["b"])
+    assert [(layer.module, layer.reason) for layer in layers if layer.effect is None] == [("b", "skipped")]
+    assert note.startswith("0 of 2 layers")
+
+
+def test_gptq_with_gptq_to_fall_back_on() -> None:
+    """Nothing falls back, so all is as without."""
+    options: dict[str, Any] = {"scheme": "weight_only", "algorithm": "gptq"}
+    graph, _, note = kept(1e9, **options, fallback={"scheme": "weight_only", "bits": 8})
+    assert note.startswith("0 of 3")
+    plain = with_a_terrible_layer()
+    applied(plain, **options, **DATA)
+    assert off(graph) == pytest.approx(off(plain), rel=1e-4)
+
+
+def test_a_skipped_layer_needs_no_range_to_fall_back_on() -> None:
+    """One whose input is always 0."""
+    zero = "%zero: f32[batch, sequence, 40] = aten.mul.Scalar(self=%x, other=0.0)"
+    body = BEFORE.replace(GATE, f"{zero}\n{GATE}").replace(
+        "input=%x, weight=%mlp.gate", "input=%zero, weight=%mlp.gate"
+    )
+    report = applied(read(body), "int8_token", skip=["*.gate"], fallback="int8_static", **DATA)
+    assert report.matches == {"int8_token": 1}
+
+
+def listed(body: str, *steps: Quantize) -> list[list[LayerPrecision]]:
+    reports = run_passes(load(program(body)), steps, context=Context(source=source_of("x")))
+    return [report.layers for report in reports]
+
+
+def test_other_products_are_listed_with_their_reason() -> None:
+    """Large ones."""
+    more = """
+        weight %conv.weight: f32[4, 40, 160]
+        weight %head: f32[40, 640]
+        weight %little: f32[40, 2]
+        %turned = aten.transpose.int(self=%x, dim0=1, dim1=2)
+        %conv = aten.conv1d.default(input=%turned, weight=%conv.weight, padding=[160])
+        %product = aten.matmul.default(self=%x, other=%head)
+        %small = aten.matmul.default(self=%x, other=%little)
+        output conv = %conv
+        output product = %product
+        output small = %small
+        output up"""
+    (layers,) = listed(BEFORE.replace("output up", more, 1), step_of("int8_token"))
+    assert layers[2:] == [
+        LayerPrecision(module="conv", precision="fp32", reason="aten.conv1d is not quantized"),
+        LayerPrecision(module="head", precision="fp32", reason="aten.matmul is not quantized"),
+    ]
+
+
+def test_what_is_quantized_already_is_not_listed_as_floats() -> None:
+    body = (
+        BEFORE.replace("[6, 40]", "[2600, 40]")
+        .replace("f32[6]", "f32[2600]")
+        .replace("sequence, 6]", "sequence, 2600]")
+    )
+    _, layers = listed(body, step_of("int8_token", modules=["*.up"]), step_of("nf4", modules=["*.gate"]))
+    assert [layer.module for layer in layers] == ["mlp.gate"]
+
+
+def test_a_table_beside_a_linear_in_float8_is_said_to_be_int8_rows() -> None:
+    graph = read(TIED)
+    layers = applied(graph, "fp8", **IDS).layers
+    tables = sorted(name for name in graph.weights if name.endswith(("int8", "fp8")))
+    assert (tables, layers[-1].precision) in (
+        (["embed.fp8"], "as its linear"),
+        (["embed.fp8", "embed.int8"], "int8 rows"),
+    )
