@@ -294,10 +294,12 @@ class GenaiText(Text):
         self.rewound = True
 
 
-def build_genai(model: Path, folder: Path, threads: int, precision: str) -> None:
-    """The model by their builder, with our threads; only the vocabulary's last token, never likely, ends a text."""
+def build_genai(model: Path, folder: Path, threads: int, precision: str, *, all_logits: bool = False) -> None:
+    """The model by their builder, with our threads; logits of the last token unless ``all_logits``; only the vocabulary's
+    last token, never likely, ends a text."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(model), "-o", str(folder)]
-    command += ["-p", precision, "-e", "cpu", "-c", str(folder / "cache"), "--extra_options", "prune_lm_head=true"]
+    command += ["-p", precision, "-e", "cpu", "-c", str(folder / "cache")]
+    command += [] if all_logits else ["--extra_options", "prune_lm_head=true"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SideError(f"its model builder failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
@@ -434,11 +436,19 @@ SIDES: dict[str, Callable[[Path, Path, int], Side]] = {
 }
 
 
+def _side(name: str) -> Callable[[Path, Path, int], Side]:
+    if name in SIDES:
+        return SIDES[name]
+    from benchmarks import gguf_sides
+
+    return {"llama_cpp": gguf_sides.LlamaCpp, "openvino_genai": gguf_sides.OpenVinoGenai}[name]
+
+
 def main(name: str, model: str, folder: str, threads: str) -> None:
     """Answer commands until there are no more. What libraries print goes to the log."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    side = SIDES[name](Path(model), Path(folder), int(threads))
+    side = _side(name)(Path(model), Path(folder), int(threads))
     print(json.dumps(side.facts), file=answers, flush=True)
     gc.collect()
     gc.freeze()
