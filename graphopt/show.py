@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from rich.console import Console, Group, RenderableType
@@ -297,11 +298,20 @@ def _option(name: str, field: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    return (
-        getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
-        if isinstance(annotation, type)
-        else str(annotation).replace("typing.", "")
-    )
+    """A type as a reader of options needs it: without modules and without what only checks it."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, parts))
+    if annotation is type(None):
+        return "None"
+    if origin is not None:
+        inner = ", ".join("..." if part is Ellipsis else _type_name(part) for part in parts)
+        return f"{origin.__name__}[{inner}]"
+    return str(getattr(annotation, "__name__", annotation))
 
 
 def _default(field: FieldInfo) -> str:
@@ -314,7 +324,7 @@ def pass_page(kind: str, step: type[Pass]) -> RenderableType:
     table = _table("options", "name", "type", "default")
     for name, field in step.model_fields.items():
         if name != "kind":
-            table.add_row(name, _type_name(field.annotation), _default(field))
+            table.add_row(name, escape(_type_name(field.annotation)), escape(_default(field)))
     return Group(f"[bold]{kind}[/]", "", Text(inspect.getdoc(module) or ""), "", table)
 
 
