@@ -90,7 +90,7 @@ class Context:
 class Pass(BaseModel):
     """A named rewrite of a whole graph. Subclasses set ``kind`` and write ``run``; their fields are the options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: str
     allow_no_match: bool = False

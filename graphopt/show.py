@@ -321,10 +321,11 @@ def _default(field: FieldInfo) -> str:
 def pass_page(kind: str, step: type[Pass]) -> RenderableType:
     """A pass with its module's picture of before and after."""
     module = inspect.getmodule(step)
-    table = _table("options", "name", "type", "default")
+    table = _table("options", "name", "type", "default", "")
     for name, field in step.model_fields.items():
         if name != "kind":
-            table.add_row(name, escape(_type_name(field.annotation)), escape(_default(field)))
+            words = Text((field.description or "").replace("``", ""))
+            table.add_row(name, escape(_type_name(field.annotation)), escape(_default(field)), words)
     return Group(f"[bold]{kind}[/]", "", Text(inspect.getdoc(module) or ""), "", table)
 
 
