@@ -164,14 +164,18 @@ class _Caster:
         return self.casts[key]
 
     def _cast(self, value: Value, dtype: torch.dtype, clamp: bool) -> Value:
-        """Behind the node that makes the value; masks of the lowest f32 number become the lowest of the narrower dtype."""
+        """Behind the node that makes the value; masks of the lowest f32 number become half the lowest of the narrower
+        dtype, so that sums with scores do not pass it."""
         maker = value.producer
         before = next(iter(self.graph.nodes), None) if maker is None else maker.following
         origin = ("cast",) if maker is None else (*maker.origin, "cast")
-        if clamp and dtype == torch.float16:
+        if clamp and dtype.itemsize < 4:
             ends = torch.finfo(dtype)
             value = self.graph.insert(
-                "aten.clamp.default", {"self": value, "min": ends.min, "max": ends.max}, before=before, origin=origin
+                "aten.clamp.default",
+                {"self": value, "min": ends.min / 2, "max": ends.max / 2},
+                before=before,
+                origin=origin,
             ).output
         return self.graph.insert("aten.to.dtype", {"self": value, "dtype": dtype}, before=before, origin=origin).output
 
@@ -183,7 +187,7 @@ class _Caster:
             reason = "kept" if self._is_kept(node) else "of positions alone, or numbers that do not fit"
         precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[wanted]
         weight = next((operand for operand in node.operands if self._is_weight(operand)), None)
-        module = node.output.name if weight is None else weight.name.removesuffix(".weight")
+        module = node.outputs[0].name if weight is None else weight.name.removesuffix(".weight")
         self.context.layers.append(LayerPrecision(module=module, precision=precision, reason=reason))
 
 

@@ -13,21 +13,22 @@ from graphopt.schemas.common import Schema
 
 def _described(data: Any) -> str:
     """In reports and manifests: the file, or what kind of object it was."""
-    return str(data) if isinstance(data, str | Path) else f"<{type(data).__name__}>"
+    own = data.source if isinstance(data, _Kept) else data
+    return str(own) if isinstance(own, str | Path) else f"<{type(own).__name__}>"
 
 
 class _Kept:
     """An iterator whose items are kept as they come, so that they can be had again."""
 
     def __init__(self, source: Iterator[Any]) -> None:
-        self._source, self._items = source, list[Any]()
+        self.source, self._items = source, list[Any]()
 
     def __iter__(self) -> Iterator[Any]:
         place = 0
         while True:
             if place == len(self._items):
                 try:
-                    self._items.append(next(self._source))
+                    self._items.append(next(self.source))
                 except StopIteration:
                     return
             yield self._items[place]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pydantic import Field
 
 from graphopt.schemas.common import Schema
@@ -104,8 +102,7 @@ class LayerPrecision(Schema):
     effect: float | None = None
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Schema):
     """A layer's effect on the metric, as a ``share`` of what the most sensitive one loses; whether it ``kept`` more bits."""
 
     module: str
@@ -155,7 +152,13 @@ class PassReport(Schema):
         losses = [_loss(metric, effect) for _, effect in measured]
         most = max(losses) or 1.0
         found = [
-            Sensitivity(layer.module, layer.precision, effect, loss / most, kept=layer.reason is not None)
+            Sensitivity(
+                module=layer.module,
+                precision=layer.precision,
+                effect=effect,
+                share=loss / most,
+                kept=layer.reason is not None,
+            )
             for (layer, effect), loss in zip(measured, losses, strict=True)
         ]
         return sorted(found, key=lambda each: -each.share)

@@ -162,7 +162,7 @@ def test_a_weight_that_is_read_elsewhere_is_refused() -> None:
     ids=["up is an output", "up is read", "its product is read", "up's weight is read", "up's bias is an output"],
 )
 def test_channels_and_weights_that_others_read_are_refused(more: str) -> None:
-    made = apply_pass(f"{GATED}{more}", step_of(allow_no_match=True), Context())
+    made = apply_pass(GATED.replace("output y", f"{more}\noutput y"), step_of(allow_no_match=True), Context())
     assert (made.matches, set(made.reasons)) == ({}, {ACROSS})
 
 

@@ -11,7 +11,9 @@ from graphopt.pipeline import known_passes, load_passes, run_passes
 from tests.graphs import Case, cases
 
 #: Every pass but those of caches, which change what a run is, and those that need options or data: they have tests of their own.
-KINDS = sorted(known_passes().keys() - {"insert_kv_cache", "fuse_cached_attention", "quantize", "smooth_activations"})
+KINDS = sorted(
+    known_passes().keys() - {"insert_kv_cache", "fuse_cached_attention", "quantize", "smooth_activations", "cast"}
+)
 NEEDS = {
     "heads_last": ["canonicalize", "fuse_attention"],
     "remove_padding": ["canonicalize", "fuse_attention", "flatten_tokens"],
