@@ -251,7 +251,7 @@ class Quantize(Pass):
                 grid = grid_of(weight, own.bits, own.group, symmetric=own.symmetric)
                 return grid.values(grid.numbers(weight))
 
-            factors, gain = protecting(weights_of(graph, group).float(), moment, rounded)
+            factors, gain = protecting(weights_of(graph, group), moment, rounded)
             context.notes.append(f"{_names(group)}: {gain}")
             if factors is not None:
                 scaled.append((group, factors))

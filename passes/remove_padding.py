@@ -109,7 +109,7 @@ def _pack(graph: Graph, node: Node, mask: Value, label: str) -> None:
     if rows.type.shape != shape:
         rows = graph.insert("aten.reshape.default", {"self": rows, "shape": shape}, before=node, origin=origin).output
     args = {"x": rows, "mask": mask}
-    _put(graph, node, graph.insert("graphopt.pack_tokens.default", args, before=node, origin=origin).output)
+    graph.stand_in(graph.insert("graphopt.pack_tokens.default", args, before=node, origin=origin).output, node)
 
 
 def _unpack(graph: Graph, node: Node, mask: Value, label: str) -> None:
@@ -117,13 +117,6 @@ def _unpack(graph: Graph, node: Node, mask: Value, label: str) -> None:
     args = {"x": node.args["self"], "mask": mask}
     unpacked = graph.insert("graphopt.unpack_tokens.default", args, before=node, origin=origin).output
     if unpacked.type == node.output.type:
-        _put(graph, node, unpacked)
+        graph.stand_in(unpacked, node)
     else:
         graph.set_args(node, {"self": unpacked})
-
-
-def _put(graph: Graph, node: Node, value: Value) -> None:
-    """Let ``value`` stand in the place of a node's output."""
-    graph.replace(node.output, value)
-    graph.take_name(value, node.output)
-    graph.remove(node)

@@ -225,7 +225,7 @@ def test_chance_is_refused_where_it_is_drawn(draw: Callable[[Any], Any], op: str
     [
         lambda x: torch.nn.functional.dropout(x, 0.0, training=True),
         lambda x: torch.nn.functional.dropout(x, 0.5, training=False),
-        lambda x: x + 0 * torch.empty(3),
+        lambda x: x + torch.empty(3).fill_(2.0),
         lambda x: (torch.rand_like(x), x + 1)[1],
     ],
     ids=["no dropout", "evaluation", "empty", "unused"],

@@ -140,7 +140,7 @@ def unpacked(e: Emitter, node: Node, features: int) -> ir.Value:
     last = e.constant(np.array([-1], np.int64))
     if codebook is not None:
         own = e.op("Gather", e.value(codebook), e.cast(_numbers(e, packed, bits), torch.uint8, torch.int32))
-    elif lead[:-1] == scales.type.shape[:1] and all(e.is_weight(each) for each in (packed, scales)) and zeros is None:
+    elif len(lead) == 2 and zeros is None and all(e.is_weight(each) for each in (packed, scales)):
         signed = e.signed(packed, (*lead[:-1], lead[-1] * group), bits)
         return _cut(
             e, e.op("DequantizeLinear", signed, e.value(scales), axis=1, block_size=group), features, lead[-1] * group
