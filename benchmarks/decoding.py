@@ -59,7 +59,7 @@ def decoder_passes(layout: str, max_length: int | None = None) -> list[dict[str,
     static = layout == "static"
     fused: list[dict[str, Any]] = [{"kind": "fuse_cached_attention"}, {"kind": "merge_linears", "allow_no_match": True}]
     cache: dict[str, Any] = {"kind": "insert_kv_cache", "layout": layout, "logits": "last"}
-    kinds = ["fuse_norm", "fuse_activation", "heads_last", "flatten_tokens"]
+    kinds = ["fuse_norm", "fuse_activation"]
     return [
         {"kind": "canonicalize", "allow_no_match": True},
         {"kind": "fuse_attention"},

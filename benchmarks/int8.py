@@ -49,6 +49,7 @@ CALIBRATED = 24  # times 512 tokens, for GPTQ
 FP32, STATIC, DYNAMIC = "graphopt fp32", "graphopt int8_static", "graphopt int8_dynamic"
 W8A8, W8 = "graphopt W8A8", "graphopt weights int8"
 RTN, W4 = "graphopt weights int4, nearest", "graphopt weights int4, GPTQ"
+APART = "graphopt weights int4, GPTQ, embedding int8"
 GENAI_INT4, LLAMA = "onnxruntime-genai int4", "llama.cpp Q4_1"
 PEERS = {
     "onnxruntime-genai fp32": "genai",
@@ -291,9 +292,11 @@ def decoder(results: Results, folder: Path) -> None:
     }  # fmt: skip
     packed = {"kind": "quantize", "scheme": "weight_only", "budget": {"metric": "cosine", "limit": 0.5}}
     four = {**packed, "symmetric": False}
+    gptq = {**four, "fractions": True, "scales": "fp16", "algorithm": "gptq", "calibration": calibration}
+    finer = {"model.embed_tokens": {"scheme": "weight_only", "group": 16}}
     schemes: dict[str, list[dict[str, Any]]] = {
         FP32: [], W8A8: [smooth, integers], W8: [{**packed, "bits": 8, "group": 64}], RTN: [four],
-        W4: [{**four, "algorithm": "gptq", "calibration": calibration}],
+        W4: [{**gptq, "overrides": finer}], APART: [{**gptq, "embeddings": "int8"}],
     }  # fmt: skip
     engines, losses = {}, {}
     table = Table("SmolLM2 quantized: perplexity and size", "model")

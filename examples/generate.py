@@ -26,7 +26,6 @@ PASSES: list[dict[str, object]] = [
     {"kind": "merge_linears"},
     {"kind": "fuse_norm"},
     {"kind": "fuse_activation"},
-    {"kind": "flatten_tokens"},
 ]
 
 

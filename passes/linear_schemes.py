@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from graphopt.dims import Size
 from graphopt.ir import Graph, Node, Value, Weight
 from graphopt.ops.quantization import FP8, unpacked
 from graphopt.passes.quantized_weights import (
@@ -53,6 +54,8 @@ class Writer:
         self._rests: dict[str, tuple[Value, Value]] = {}
         self._weights: dict[tuple[str, str], tuple[Parts, dict[str, Value]]] = {}
         self._packings: dict[str, Treatment] = {}
+        self._with: dict[tuple[str, int], Value] = {}
+        self._matrices: dict[tuple[int, torch.dtype, int], Value] = {}
 
     def replace(self, node: Node, treatment: Treatment) -> None:
         """Let what ``treatment`` says stand in a linear's place."""
@@ -66,6 +69,9 @@ class Writer:
             made = self._split(node, operands, bias)
         elif treatment.scheme in _PACKED:
             of = {"bits": treatment.bits, "block": treatment.group}
+            if treatment.fractions:
+                x = self._with_means(x, node, Packing.of(treatment))
+            operands = {**operands, "scales": self._cast(operands["scales"], node, x.type.dtype)}
             made = self._insert("graphopt.packed_linear.default", node, x=x, **operands, bias=bias, **of)
         else:
             by_token = treatment.scheme != "int8_dynamic"
@@ -76,10 +82,10 @@ class Writer:
         """Whether a weight is there in a form that rows can be looked up in."""
         return (weight.name, "rows") in self._weights or weight.name in self._packings
 
-    def look_up(self, node: Node) -> None:
-        """Look rows up in few bits; the table of a linear that was quantized is that linear's weight."""
+    def look_up(self, node: Node, *, tied: bool) -> None:
+        """Look rows up in few bits; ``tied``, in the weight of the linear that was quantized."""
         table, places = node.args["weight"], node.args["indices"]
-        packing = self._packings.get(table.name)
+        packing = self._packings.get(table.name) if tied else None
         if packing is not None:
             _, quantized = self._weight(table, packing)
             parts = {
@@ -88,8 +94,8 @@ class Writer:
                 else self._insert("aten.index.Tensor", node, self=own, indices=(places,))
                 for name, own in quantized.items()
             }
-            of = {"bits": packing.bits, "features": table.type.shape[1]}
-            made = self._insert("graphopt.unpack_rows.default", node, **parts, **of)
+            parts["scales"] = self._cast(parts["scales"], node, node.output.type.dtype)
+            made = self._unpacked(node, parts, packing)
         else:
             _, quantized = self._weight(table, Treatment(scheme="int8_dynamic"))
             column = self._insert("aten.unsqueeze.default", node, self=quantized["scale"], dim=1)
@@ -101,6 +107,9 @@ class Writer:
 
     def _insert(self, op: str, before: Node, /, **args: object) -> Value:
         return self.graph.insert(op, args, before=before, origin=(*before.origin, _ORIGIN)).output
+
+    def _cast(self, value: Value, node: Node, dtype: torch.dtype) -> Value:
+        return value if value.type.dtype == dtype else self._insert("aten.to.dtype", node, self=value, dtype=dtype)
 
     def _add(self, name: str, tensor: Tensor) -> Value:
         return self.graph.add_weight(self.graph.unique(name), Weight.of(tensor))
@@ -114,6 +123,42 @@ class Writer:
             )
             self._inputs[x.name, dtype] = numbers, own
         return self._inputs[x.name, dtype]
+
+    def _with_means(self, x: Value, node: Node, of: Packing) -> Value:
+        """An input and the means of its groups of features."""
+        key = x.name, of.group
+        if key not in self._with:
+            means = self._insert(
+                "aten.matmul.default", node, self=x, other=self._means(x.type.shape[-1], x.type.dtype, of)
+            )
+            last = len(x.type.shape) - 1
+            self._with[key] = self._insert("aten.cat.default", node, tensors=(x, means), dim=last)
+        return self._with[key]
+
+    def _means(self, features: Size, dtype: torch.dtype, of: Packing) -> Value:
+        assert isinstance(features, int)
+        key = features, dtype, of.group
+        if key not in self._matrices:
+            self._matrices[key] = self._add(f"means_of_{of.group}_in_{features}", of.means(features).to(dtype))
+        return self._matrices[key]
+
+    def _unpacked(self, node: Node, parts: Mapping[str, Value], treatment: Treatment) -> Value:
+        """Rows of a packed table; what whole zero points left of them stands behind them, times the group's size."""
+        of, features = Packing.of(treatment), node.args["weight"].type.shape[1]
+        if not of.fractions:
+            return self._insert("graphopt.unpack_rows.default", node, **parts, bits=of.bits, features=features)
+        means = self._means(features, node.output.type.dtype, of)
+        whole = self._insert(
+            "graphopt.unpack_rows.default", node, **parts, bits=of.bits, features=features + means.type.shape[1]
+        )
+        last = len(whole.type.shape) - 1
+        rows, rests = (
+            self._insert("aten.slice.Tensor", node, self=whole, dim=last, start=start, end=end, step=1)
+            for start, end in ((0, features), (features, features + means.type.shape[1]))
+        )
+        spread = self._insert("aten.permute.default", node, self=means, dims=(1, 0))
+        each = self._insert("aten.matmul.default", node, self=rests, other=spread)
+        return self._insert("aten.add.Tensor", node, self=rows, other=each)
 
     def _split(self, node: Node, operands: Mapping[str, Value], bias: Value | None) -> Value:
         """The outliers among an input's features in floats, the others in integers by token (LLM.int8(), Dettmers et al. 2022).
@@ -147,7 +192,10 @@ class Writer:
         given = None if bias is None else self.graph.weight_of(bias)
         if weight is None or (bias is not None and given is None):
             return bias
-        lost = (weight.load().float() - restored(parts)[:, : mean.shape[0]]) @ mean
+        reached = mean
+        if treatment.fractions:
+            reached = torch.cat([mean, mean @ Packing.of(treatment).means(len(mean))])
+        lost = weight.load().float() @ mean - restored(parts)[:, : len(reached)] @ reached
         total = lost if given is None else given.load().float() + lost
         stem = node.args["weight"].name.removesuffix(".weight")
         return self._add(f"{stem}.corrected_bias", total.to(weight.type.dtype))
@@ -165,7 +213,7 @@ class Writer:
     def _parts(self, weight: Value, treatment: Treatment) -> Parts:
         own = self.graph.weight_of(weight)
         assert own is not None
-        packing = Packing(treatment.bits, treatment.group, treatment.symmetric)
+        packing = Packing.of(treatment)
         if treatment.scheme == "fp8":
             return fp8_rows(own)
         if treatment.scheme == "nf4":

@@ -27,7 +27,14 @@ those whose magnitude passes ``outliers`` in calibration; these stay in floats::
 
     %y = graphopt.packed_linear.default(x=%x, packed=%w.packed, scales=%w.scales, bias=%b, bits=4, block=32)
 
-with zero points unless ``symmetric``. ``algorithm: rtn`` rounds to nearest; ``gptq`` lets the weights of later features make up
+with zero points unless ``symmetric``; with ``fractions`` what whole zero points leave of a group's weights is the weight of the
+mean of the group's inputs, in groups of its own behind the others (``%means`` has a column for each group)::
+
+    %m = aten.matmul.default(self=%x, other=%means)
+    %z = aten.cat.default(tensors=[%x, %m], dim=2)
+    %y = graphopt.packed_linear.default(x=%z, packed=%w.packed, scales=%w.scales, zeros=%w.zeros, bias=%b, bits=4, block=32)
+
+``algorithm: rtn`` rounds to nearest; ``gptq`` lets the weights of later features make up
 for what earlier ones lost, layer after layer on what the layers before have made of the data; ``awq`` scales the features up
 that count most. ``nf4`` is the same with the numbers of NormalFloat, which are products of floats when they run.
 
@@ -50,6 +57,7 @@ from graphopt.parity import Contract
 from graphopt.passes.linear_schemes import Measured, Writer
 from graphopt.passes.mixed_precision import fewest_kept
 from graphopt.passes.quantized_weights import (
+    Packing,
     is_linear,
     matches,
     module_of,
@@ -64,16 +72,17 @@ from graphopt.passes.rescaling import (
     smoothing,
     weights_of,
 )
-from graphopt.passes.rounding import Grid, gptq, grid_of
+from graphopt.passes.rounding import Grid, gptq
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 from graphopt.schemas.calibration import Calibration
 from graphopt.schemas.pipeline import Budget
-from graphopt.schemas.quantization import Algorithm, AnyScheme, Bits, Group, LayerScheme, Scheme, Treatment
+from graphopt.schemas.quantization import Algorithm, AnyScheme, Bits, Group, LayerScheme, Scales, Scheme, Treatment
 from graphopt.schemas.report import LayerPrecision
 
 FLOAT: Literal["fp32"] = "fp32"
 LARGE = 100_000  # numbers in a table that is worth fewer bits
+_OF_WEIGHT_ONLY = {"algorithm": "rtn", "fractions": False, "scales": "fp32"}
 _STAYS = Treatment(scheme=FLOAT)
 _AGAINST_FAULTS = Budget(metric="cosine", limit=0.8)
 
@@ -97,6 +106,10 @@ class Quantize(Pass):
     """How many input features share a scale in packed weights."""
     symmetric: bool = True
     """Packed weights without zero points."""
+    fractions: bool = False
+    """With zero points: those between whole numbers as well, by a small product with the mean of each group's inputs."""
+    scales: Scales = "fp32"
+    """What scales of packed weights are stored in; products have them in the model's dtype."""
     algorithm: Algorithm = "rtn"
     """How packed weights are rounded."""
     strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
@@ -107,8 +120,9 @@ class Quantize(Pass):
     """int8 weights of 7 bits: for x86 processors without VNNI, whose products of uint8 by int8 saturate."""
     bias_correction: bool = False
     """Give biases what rounding the weights takes from the mean of the products."""
-    embeddings: bool = True
-    """Keep tables that tokens are looked up in as int8 as well, each row by its own scale; what is looked up is scaled then."""
+    embeddings: bool | Literal["int8"] = True
+    """Keep tables that tokens are looked up in in few bits: as the linear whose weight they are too, the others as int8, each row
+    by its own scale. ``int8``: all of them so, beside what the linear becomes. What is looked up is scaled then."""
     calibration: Calibration | None = None
     """The data for schemes and options that need some."""
     budget: Budget = _AGAINST_FAULTS
@@ -139,11 +153,17 @@ class Quantize(Pass):
 
     def treatment(self, own: LayerScheme | None = None) -> Treatment:
         """The pass's own, or what an override makes of it."""
-        given = {name: getattr(self, name) for name in ("scheme", "bits", "group", "symmetric", "algorithm")}
+        given = {
+            name: getattr(self, name)
+            for name in ("scheme", "bits", "group", "symmetric", "fractions", "scales", "algorithm")
+        }
         if own is not None:
             given |= own.model_dump(exclude_none=True)
-        if given["scheme"] != self.scheme and given["scheme"] != "weight_only" and not (own and own.algorithm):
-            given["algorithm"] = "rtn"
+        asked = set() if own is None else own.model_fields_set
+        if given["scheme"] not in (self.scheme, "weight_only"):  # what is the pass's, not the override's
+            given |= {name: value for name, value in _OF_WEIGHT_ONLY.items() if name not in asked}
+        if given["symmetric"] and "symmetric" in asked and "fractions" not in asked:
+            given["fractions"] = False
         if given["scheme"] == "nf4":
             given["bits"] = 4
         return Treatment(**given)
@@ -167,9 +187,10 @@ class Quantize(Pass):
                 log.matches[treatment.scheme] = log.matches.get(treatment.scheme, 0) + 1
         tables = [node for node in graph.nodes if _is_lookup(graph, node)] if self.embeddings else []
         for node in tables:
-            precision = "as its linear" if writer.has(node.args["weight"]) else "int8 rows"
+            tied = self.embeddings is True and writer.has(node.args["weight"])
+            precision = "as its linear" if tied else "int8 rows"
             context.layers.append(LayerPrecision(module=module_of(node), precision=precision))
-            writer.look_up(node)
+            writer.look_up(node, tied=tied)
         if tables:
             log.matches["embedding"] = len(tables)
         graph.prune()
@@ -248,7 +269,7 @@ class Quantize(Pass):
             group, own = names[name], chosen[names[name][0]]
 
             def rounded(weight: Tensor, own: Treatment = own) -> Tensor:
-                grid = grid_of(weight, own.bits, own.group, symmetric=own.symmetric)
+                grid = Packing.of(own).grid(weight)
                 return grid.values(grid.numbers(weight))
 
             factors, gain = protecting(weights_of(graph, group), moment, rounded)
@@ -370,7 +391,7 @@ class _Gptq:
         own, weight = self.treatments[node], self.graph.weight_of(node.args["weight"])
         assert weight is not None
         numbers = weight.load().float()
-        grid = grid_of(numbers, own.bits, own.group, symmetric=own.symmetric, importance=moment.diagonal())
+        grid = Packing.of(own).grid(numbers, moment.diagonal())
         found = gptq(numbers, moment, grid)
         self.numbers[node.args["weight"].name, str(own)] = grid, found.to(torch.uint8)
         return grid.values(found).to(weight.type.dtype)

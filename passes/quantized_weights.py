@@ -18,6 +18,7 @@ from graphopt.ir import Graph, Node, TensorType, Value, Weight
 from graphopt.ops.quantization import FP8
 from graphopt.passes.rounding import Grid, grid_of, pack
 from graphopt.pipeline import Context
+from graphopt.schemas.quantization import Treatment
 
 LEVELS = 127
 REDUCED_LEVELS = 63
@@ -102,39 +103,77 @@ def row_scale(weight: Tensor, levels: float = LEVELS) -> Tensor:
 
 
 def packed_groups(weight: Weight, grid: Callable[[], Grid], numbers: Callable[[], Tensor], of: Packing) -> Parts:
-    """Groups of input features with a scale each, zeros where the grid is not symmetric: ``numbers`` ``[N, K]`` of a grid."""
+    """Groups of input features with a scale each, zeros where the grid is not symmetric: ``numbers`` ``[N, K]`` of a grid.
+
+    With ``fractions`` more groups stand behind them, which hold the weights of the groups' means (:attr:`Grid.rests`)."""
     channels, features = weight.type.shape
     groups = -(-_number(features) // of.group)
-    size, dtype = of.group * of.bits // 8, weight.type.dtype
+    behind = -(-groups // of.group) if of.fractions else 0
+    dtype, middle = torch.float16 if of.half else weight.type.dtype, 2.0 ** (of.bits - 1)
+    rests = _once(lambda: grid().of_rests())
+
+    def grouped(own: Tensor, count: int) -> Tensor:
+        padded = functional.pad(own, (0, count * of.group - own.shape[1]), value=middle)
+        return pack(padded.reshape(_number(channels), count, of.group), of.bits)
 
     def packed() -> Tensor:
-        padded = functional.pad(numbers(), (0, groups * of.group - _number(features)), value=2.0 ** (of.bits - 1))
-        return pack(padded.reshape(_number(channels), groups, of.group), of.bits)
+        own = grouped(numbers(), groups)
+        return torch.cat([own, grouped(rests().numbers(grid().rests), behind)], 1) if behind else own
 
+    def scales() -> Tensor:
+        return torch.cat([grid().scales, rests().scales], 1) if behind else grid().scales
+
+    def zeros() -> Tensor:
+        whole = grid().whole
+        return pack(functional.pad(grid().zeros if whole is None else whole, (0, behind), value=middle), of.bits)
+
+    count = groups + behind
     parts = {
-        "packed": ("packed", Weight(TensorType(torch.uint8, (channels, groups, size)), packed)),
-        "scales": ("scales", Weight(TensorType(dtype, (channels, groups)), lambda: grid().scales.to(dtype))),
+        "packed": ("packed", Weight(TensorType(torch.uint8, (channels, count, of.group * of.bits // 8)), packed)),
+        "scales": ("scales", Weight(TensorType(dtype, (channels, count)), lambda: scales().to(dtype))),
     }
     if not of.symmetric:
-        own = TensorType(torch.uint8, (channels, -(-groups * of.bits // 8)))
-        parts["zeros"] = "zeros", Weight(own, lambda: pack(grid().zeros, of.bits))
+        parts["zeros"] = "zeros", Weight(TensorType(torch.uint8, (channels, -(-count * of.bits // 8))), zeros)
     return Parts(parts, of.bits)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Bits of a number, input features of a group, and whether zero is in the middle of the numbers."""
+    """Bits of a number, input features of a group, whether zero is in the middle of the numbers, or even between them; whether
+    scales are stored in fp16."""
 
     bits: int
     group: int
     symmetric: bool
+    fractions: bool = False
+    half: bool = False
+
+    @classmethod
+    def of(cls, treatment: Treatment) -> Packing:
+        half = treatment.scales == "fp16"
+        return cls(treatment.bits, treatment.group, treatment.symmetric, treatment.fractions, half)
+
+    def grid(self, weight: Tensor, importance: Tensor | None = None) -> Grid:
+        return grid_of(
+            weight.float(),
+            self.bits,
+            self.group,
+            symmetric=self.symmetric,
+            fractions=self.fractions,
+            half=self.half,
+            importance=importance,
+        )
+
+    def means(self, features: int) -> Tensor:
+        """``[K, P + G]``: a product with it fills inputs up to whole groups (P zeros) and gives the mean of each group."""
+        groups = -(-features // self.group)
+        own = torch.eye(groups).repeat_interleave(self.group, 0)[:features] / self.group
+        return functional.pad(own, (groups * self.group - features, 0))
 
 
 def nearest_groups(weight: Weight, of: Packing, importance: Tensor | None = None) -> Parts:
     """Round to nearest; by ``importance`` ``[K]``, with ranges that lose least."""
-    grid = _once(
-        lambda: grid_of(weight.load().float(), of.bits, of.group, symmetric=of.symmetric, importance=importance)
-    )
+    grid = _once(lambda: of.grid(weight.load(), importance))
     return packed_groups(weight, grid, lambda: grid().numbers(weight.load().float()), of)
 
 

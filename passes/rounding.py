@@ -3,11 +3,13 @@ nearest on them, and GPTQ (Frantar et al. 2022), which lets later weights make u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from graphopt.errors import PassError
 
 _SHRINKS = tuple(1 - step / 40 for step in range(17))  # of a group's range, that a search tries: 1 to 0.6
 _BLOCK = 128  # columns between which GPTQ corrects all later ones at once
@@ -16,12 +18,15 @@ _BLOCK = 128  # columns between which GPTQ corrects all later ones at once
 @dataclass(frozen=True)
 class Grid:
     """Numbers from 0 to ``2 ** bits - 1`` for a weight ``[N, K]``: ``(number - zero) * scale``, scale and zero ``[N, G]`` for
-    each ``size`` input features."""
+    each ``size`` input features. Where zeros lie between whole numbers, ``whole`` are the whole ones near them. ``half``: scales
+    are numbers of fp16."""
 
     bits: int
     size: int
     scales: Tensor
     zeros: Tensor
+    whole: Tensor | None = None
+    half: bool = False
 
     def numbers(self, weight: Tensor) -> Tensor:
         """The nearest of the grid's numbers, ``[N, K]``, in the weight's dtype."""
@@ -33,6 +38,16 @@ class Grid:
     def nearest(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return (weight / scales + zeros).round().clamp(0, 2**self.bits - 1)
 
+    @property
+    def rests(self) -> Tensor:
+        """What whole zeros take from a group's weights, times its size: the weight of the group's mean, ``[N, G]``."""
+        assert self.whole is not None
+        return (self.whole - self.zeros) * self.scales * self.size
+
+    def of_rests(self) -> Grid:
+        """The grid of the rests: symmetric, of the same bits and group size. Rests that are on it stay as they are."""
+        return grid_of(self.rests, self.bits, self.size, symmetric=True, half=self.half)
+
     def values(self, numbers: Tensor) -> Tensor:
         """What the numbers ``[N, K]`` stand for."""
         scales, zeros = (
@@ -41,27 +56,51 @@ class Grid:
         return (numbers - zeros) * scales
 
 
-def grid_of(weight: Tensor, bits: int, size: int, *, symmetric: bool, importance: Tensor | None = None) -> Grid:
-    """The grid whose ends are each group's smallest and largest weight; ``symmetric``, its largest magnitude, with its sign, at
-    the lowest number and zero in the middle.
+def grid_of(
+    weight: Tensor,
+    bits: int,
+    size: int,
+    *,
+    symmetric: bool,
+    fractions: bool = False,
+    half: bool = False,
+    importance: Tensor | None = None,
+) -> Grid:
+    """The grid whose ends are each group's smallest and largest weight, its zero the nearest whole number; with ``fractions``
+    where it falls, to what numbers of the same ``bits`` can say of :attr:`Grid.rests`; ``symmetric``, its largest magnitude,
+    with its sign, at the lowest number and zero in the middle. ``half`` rounds scales to fp16.
 
     ``importance`` ``[K]``: how much an input feature's error counts; then each group's range is the one among smaller
     ones that has the least squared error."""
     groups = _grouped(weight, size)
-    make = _symmetric if symmetric else _asymmetric
+
+    def make(shrink: float) -> tuple[Tensor, Tensor]:
+        scale, zero = _symmetric(groups, bits, shrink) if symmetric else _asymmetric(groups, bits, shrink)
+        return _halved(scale) if half else scale, zero if fractions else zero.round()
+
     if importance is None:
-        return Grid(bits, size, *make(groups, bits, 1.0))
+        return _with_rests(Grid(bits, size, *make(1.0), half=half), fractions)
     counts = _grouped(importance[None], size)
     least = torch.full(groups.shape[:2], torch.inf)
-    scales, zeros = make(groups, bits, 1.0)
+    scales, zeros = make(1.0)
     for shrink in _SHRINKS:
-        scale, zero = make(groups, bits, shrink)
+        scale, zero = make(shrink)
         numbers = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
         error = ((((numbers - zero[..., None]) * scale[..., None]) - groups).square() * counts).sum(2)
         better = error < least
         least = torch.where(better, error, least)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return Grid(bits, size, scales, zeros)
+    return _with_rests(Grid(bits, size, scales, zeros, half=half), fractions)
+
+
+def _with_rests(grid: Grid, fractions: bool) -> Grid:
+    """With ``fractions`` the grid whose zeros are those that rests of few bits can say."""
+    if not fractions:
+        return grid
+    wanted = replace(grid, whole=grid.zeros.round())
+    of_rests = wanted.of_rests()
+    rests = of_rests.values(of_rests.numbers(wanted.rests))
+    return replace(wanted, zeros=wanted.zeros.round() - rests / (grid.scales * grid.size))
 
 
 def _grouped(weight: Tensor, size: int) -> Tensor:
@@ -75,10 +114,21 @@ def _symmetric(groups: Tensor, bits: int, shrink: float) -> tuple[Tensor, Tensor
     return torch.where(extreme == 0, 1.0, extreme * shrink) / -middle, torch.full_like(extreme, middle)
 
 
+def _halved(scales: Tensor) -> Tensor:
+    """Numbers of fp16 other than 0."""
+    own, limits = scales.half(), torch.finfo(torch.float16)
+    if not own.isfinite().all():
+        raise PassError(
+            f"a group of weights has a scale of {float(scales.abs().max()):.3g}, more than fp16 holds",
+            hint="scales: fp32",
+        )
+    return torch.where(own == 0, limits.smallest_normal * limits.eps, own.to(scales.dtype))
+
+
 def _asymmetric(groups: Tensor, bits: int, shrink: float) -> tuple[Tensor, Tensor]:
     low, high = groups.amin(2).clamp(max=0) * shrink, groups.amax(2).clamp(min=0) * shrink
     scale = torch.where(high > low, high - low, 1.0) / (2**bits - 1)
-    return scale, (-low / scale).round()
+    return scale, -low / scale
 
 
 def gptq(weight: Tensor, moment: Tensor, grid: Grid, damping: float = 0.01) -> Tensor:

@@ -14,6 +14,7 @@ Scheme = Literal[
 Bits = Literal[4, 8]
 Group = Literal[16, 32, 64, 128, 256]
 Algorithm = Literal["rtn", "gptq", "awq"]
+Scales = Literal["fp32", "fp16"]
 
 
 def _named(given: Any) -> Any:
@@ -27,6 +28,8 @@ class LayerScheme(Schema):
     bits: Bits | None = None
     group: Group | None = None
     symmetric: bool | None = None
+    fractions: bool | None = None
+    scales: Scales | None = None
     algorithm: Algorithm | None = None
 
 
@@ -41,12 +44,18 @@ class Treatment(Schema):
     bits: Bits = 4
     group: Group = 32
     symmetric: bool = True
+    fractions: bool = False
+    scales: Scales = "fp32"
     algorithm: Algorithm = "rtn"
 
     @model_validator(mode="after")
     def _is_of_weights(self) -> Treatment:
         if self.scheme != "weight_only" and self.algorithm != "rtn":
             raise ValueError(f"algorithm: {self.algorithm} is for scheme: weight_only, not for {self.scheme}")
+        if self.fractions and (self.scheme != "weight_only" or self.symmetric):
+            raise ValueError("fractions: true is for scheme: weight_only with symmetric: false")
+        if self.scales == "fp16" and self.scheme != "weight_only":
+            raise ValueError(f"scales: fp16 is for scheme: weight_only, not for {self.scheme}")
         return self
 
     @property
@@ -64,4 +73,6 @@ class Treatment(Schema):
         numbers = "nf4" if self.scheme == "nf4" else f"int{self.bits}"
         how = "" if self.algorithm == "rtn" else f", {self.algorithm}"
         zeros = "" if self.symmetric or self.scheme == "nf4" else " with zero points"
+        zeros += " between whole numbers" if self.fractions else ""
+        zeros += ", scales of fp16" if self.scales == "fp16" else ""
         return f"{numbers} in groups of {self.group}{zeros}{how}"

@@ -37,7 +37,7 @@ def test_pipeline_example_is_valid() -> None:
         "minilm": "remove_padding",
         "minilm_int8": "quantize",
         "minilm_mixed": "quantize",
-        "smollm2": "flatten_tokens",
+        "smollm2": "fuse_activation",
     }
     for name, last in lasts.items():
         config = read_config(ROOT / "examples" / f"{name}.yaml")

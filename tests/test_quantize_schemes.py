@@ -45,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp8": {"scheme": "fp8", **DATA},
     "nf4": {"scheme": "nf4"},
     "zeros": {"scheme": "weight_only", "symmetric": False},
+    "fractions": {"scheme": "weight_only", "symmetric": False, "fractions": True, "scales": "fp16"},
     "gptq": {"scheme": "weight_only", "algorithm": "gptq", **DATA},
     "awq": {"scheme": "weight_only", "algorithm": "awq", **DATA},
 }
@@ -103,6 +104,7 @@ def packed_of(*more: str, x: str = "x", head: str = "", mul: str = "") -> str:
 
 BIAS = "weight %mlp.up.bias: f32[6]\n"
 SMOOTH = "%mul: f32[batch, sequence, 40] = aten.mul.Tensor(self=%x, other=%x.smooth)\n"
+WITH_ZEROS = "graphopt.packed_linear.default(x=%cat, packed=%mlp.{0}.packed, scales=%to{1}, zeros=%mlp.{0}.zeros"
 BY_TOKEN = "graphopt.dynamic_linear.default(x=%mul, weight=%mlp"
 AFTER = {
     "int8_smooth": f"""{HEAD}{BIAS}weight %x.smooth: f32[40]
@@ -130,6 +132,21 @@ AFTER = {
     {OUTPUTS}""",
     "nf4": packed_of("codebook: f32[16]"),
     "zeros": packed_of("zeros: u8[N, 1]"),
+    "fractions": f"""{HEAD}{BIAS}
+    weight %mlp.up.packed: u8[6, 3, 16]
+    weight %mlp.up.scales: f16[6, 3]
+    weight %mlp.up.zeros: u8[6, 2]
+    weight %means_of_32_in_40: f32[40, 26]
+    weight %mlp.gate.packed: u8[5, 3, 16]
+    weight %mlp.gate.scales: f16[5, 3]
+    weight %mlp.gate.zeros: u8[5, 2]
+    %matmul: f32[batch, sequence, 26] = aten.matmul.default(self=%x, other=%means_of_32_in_40)
+    %cat: f32[batch, sequence, 66] = aten.cat.default(tensors=[%x, %matmul], dim=2)
+    %to: f32[6, 3] = aten.to.dtype(self=%mlp.up.scales, dtype=f32)
+    {UP} {WITH_ZEROS.format("up", "")}, bias=%mlp.up.bias, bits=4, block=32)
+    %to_1: f32[5, 3] = aten.to.dtype(self=%mlp.gate.scales, dtype=f32)
+    {GATE} {WITH_ZEROS.format("gate", "_1")}, bits=4, block=32)
+    {OUTPUTS}""",
     "gptq": packed_of(),
     "awq": packed_of(x="mul", head="weight %x.smooth: f32[40]", mul=SMOOTH),
 }
@@ -178,7 +195,9 @@ def by_group(weight: Tensor, form: str) -> Tensor:
         else:
             low, high = part.amin(1, keepdim=True).clamp(max=0), part.amax(1, keepdim=True).clamp(min=0)
             step = (high - low) / 15
-            zero = (-low / step).round()
+            if form == "fractions":
+                step = step.half().float()
+            zero = -low / step if form == "fractions" else (-low / step).round()
             parts.append(((part / step + zero).round().clamp(0, 15) - zero) * step)
     return torch.cat(parts, 1)
 
@@ -242,13 +261,16 @@ def test_products_are_of_rounded_numbers(name: str, sizes: dict[str, int]) -> No
         own, (up, gate) = operands(name, x)
         expected = {"up": own @ up.T + bias, "gate": own @ gate.T}
     for output, tensor in expected.items():
-        torch.testing.assert_close(got[output], tensor.float(), rtol=1e-4, atol=1e-3)
+        if name == "fractions":  # up to what 4 bits say of them
+            assert_relative(got[output].numpy(), tensor.float(), 4e-3)
+        else:
+            torch.testing.assert_close(got[output], tensor.float(), rtol=1e-4, atol=1e-3)
 
 
 @schemes
 def test_engines_compute_what_the_interpreter_does(name: str) -> None:
     """Both linears of one input, and one of them alone. Own products of packed integers round their inputs as well."""
-    integers = name in ("zeros", "gptq", "awq")
+    integers = name in ("zeros", "fractions", "gptq", "awq")
     for options in ({}, {"skip": ("*.gate",)}):
         graph = quantized(name, **options)
         standard, own = emit(graph), emit(graph, ONNXRUNTIME)
@@ -265,8 +287,16 @@ def test_engines_compute_what_the_interpreter_does(name: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"algorithm": "awq", **IDS}, {"algorithm": "gptq", **IDS}, {"symmetric": False}, {"scheme": "nf4"}],
-    ids=["awq", "gptq", "zeros", "nf4"],
+    [
+        {"algorithm": "awq", **IDS},
+        {"algorithm": "gptq", **IDS},
+        {"symmetric": False},
+        {"scheme": "nf4"},
+        {"symmetric": False, "fractions": True},
+        {"scales": "fp16"},
+        {"symmetric": False, "fractions": True, "scales": "fp16", "algorithm": "gptq", **IDS},
+    ],
+    ids=["awq", "gptq", "zeros", "nf4", "fractions", "fp16", "fractions, fp16, gptq"],
 )
 def test_a_tied_table_is_one_and_looked_up_right(options: dict[str, Any]) -> None:
     """Rows that were scaled for the linear are divided again: they are the table's, up to a step of 4 bits."""
@@ -285,6 +315,16 @@ def test_a_tied_table_is_one_and_looked_up_right(options: dict[str, Any]) -> Non
     for index, expected in enumerate(got.values()):
         assert_relative(run_onnxruntime(emit(graph, ONNXRUNTIME), {"ids": ids})[index], expected, 2e-2)
         assert_relative(run_onnxruntime(emit(graph), {"ids": ids})[index], expected)
+
+
+def test_a_tied_table_may_be_int8_beside_its_linear() -> None:
+    graph = read(TIED.replace("output y", "output e = %e\noutput y"))
+    ids = torch.tensor([[0, 7, TABLE - 1]])
+    before = run(graph, {"ids": ids})["e"]
+    report = applied(graph, "weight_only", embeddings="int8")
+    assert [layer.precision for layer in report.layers][1:] == ["int8 rows"]
+    off = (run(graph, {"ids": ids})["e"] - before).abs()
+    assert bool((off <= before.abs().amax(-1, keepdim=True) / 127 * 0.51).all())
 
 
 # Options
@@ -308,6 +348,10 @@ GPTQ, MEND = "algorithm: gptq", "bias_correction"
         ({"scheme": "llm_int8", "outliers": 0, **DATA}, "outliers: Input should be greater than 0"),
         ({"scheme": "weight_only", "algorithm": "gtpq"}, "algorithm: Input should be 'rtn', 'gptq' or 'awq'"),
         ({"scheme": "nf4", "overrides": {"a": {"bits": 8}}}, "overrides.a"),
+        ({"scheme": "weight_only", "fractions": True}, "fractions: true is for scheme: weight_only with symmetric: false"),
+        ({"scheme": "nf4", "symmetric": False, "fractions": True}, "fractions: true is for scheme: weight_only"),
+        ({"scheme": "int8_token", "scales": "fp16"}, "scales: fp16 is for scheme: weight_only, not for int8_token"),
+        ({"scheme": "weight_only", "embeddings": "fp16"}, "embeddings"),
         pytest.param({"scheme": "nf4", "overrides": {"a": {"scheme": "nf4", "bitz": 8}}}, "no option 'overrides.a.bitz'"),
         pytest.param({"scheme": "nf4", "overrides": {"a": {"scheme": "nf4", "bits": 3}}}, "4 or 8"),
     ],
@@ -332,6 +376,13 @@ def test_overrides_have_bits_and_groups_of_their_own() -> None:
     assert shapes == {"mlp.up.packed": (6, 3, 16), "mlp.gate.packed": (5, 1, 32), "mlp.gate.zeros": (5, 1)}
     packed, scales = (graph.weights[f"mlp.up.{part}"].load() for part in ("packed", "scales"))
     assert float((unpacked(packed, scales, None, None, 8)[:, :40] - weights()[0]).abs().max()) < 0.02
+
+
+def test_overrides_leave_behind_what_is_not_theirs() -> None:
+    """Whole zeros in the middle have no fractions, int8 by row no scales of fp16."""
+    own = {"*.up": "int8_token", "*.gate": {"scheme": "weight_only", "symmetric": True}}
+    report = applied(read(BEFORE), "weight_only", symmetric=False, fractions=True, scales="fp16", overrides=own)
+    assert [layer.precision for layer in report.layers] == ["int8_token", "int4 in groups of 32, scales of fp16"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graphopt.errors import PassError
 from graphopt.execution import run
 from graphopt.ir import Graph, Weight
+from graphopt.ops.quantization import unpacked
 from graphopt.passes import quantize as quantize_module
 from graphopt.passes.quantized_weights import NF4, Packing, nearest_groups, nf4_groups
 from graphopt.passes.rounding import Grid, gptq, grid_of, pack
@@ -133,6 +135,51 @@ def test_importance_gains_where_an_outlier_does_not_count() -> None:
     counts[3] = 0
     plain, searched = (grid_of(weight, 4, 16, symmetric=True, importance=given) for given in (None, counts))
     assert (float(plain.scales), float(searched.scales)) == pytest.approx((-0.5, -0.3))
+
+
+@small
+@given(seed=st.integers(0, 10**6), features=st.integers(32, 100), bits=st.sampled_from([4, 8]))
+def test_fractions_hold_what_stands_between_two_ends(seed: int, features: int, bits: int) -> None:
+    """Weights of a step and a minimum for each group (llama.cpp's Q4_1): rounded to nearest they stay, up to what few bits say
+    of the minimum; whole zeros lose half a step."""
+    numbers = torch.randint(0, 2**bits, (6, features), generator=torch.Generator().manual_seed(seed)).float()
+    numbers[:, ::32], numbers[:, 1::32] = 0, 2**bits - 1
+    minimum = -numbers.amax() * (0.3 + 0.4 * torch.rand(6, 1, generator=torch.Generator().manual_seed(seed)))
+    weight = (numbers + minimum)[:, : features // 32 * 32] * 0.01
+    grid = grid_of(weight, bits, 32, symmetric=False, fractions=True)
+    off = (grid.values(grid.numbers(weight)) - weight).abs()
+    assert float(off.max()) < 0.01 / 2 / 2 ** (bits - 1) + 1e-6
+
+
+@kinds
+def test_whole_zeros_lie_at_most_half_a_step_off(bits: int, symmetric: bool) -> None:
+    grid = grid_of(seeded(8, 96), bits, 16, symmetric=symmetric, fractions=not symmetric)
+    if symmetric:
+        assert grid.whole is None
+    else:
+        assert grid.whole is not None
+        assert bool((grid.whole == grid.whole.round()).all())
+        assert bool(((grid.whole - grid.zeros).abs() <= 0.5 + 1 / 16).all())
+        of_rests = grid.of_rests()
+        torch.testing.assert_close(of_rests.values(of_rests.numbers(grid.rests)), grid.rests)
+
+
+@kinds
+@small
+@given(weight=weights())
+def test_scales_of_fp16_are_never_zero(bits: int, symmetric: bool, weight: Floats) -> None:
+    own = torch.from_numpy(weight)
+    if np.abs(weight).max() > 65504 * 2 ** (bits - 1) / 2:
+        return
+    grid = grid_of(own, bits, 16, symmetric=symmetric, half=True)
+    assert torch.equal(grid.scales.half().float(), grid.scales)
+    assert bool((grid.scales != 0).all())
+    assert bool(grid.values(grid.numbers(own)).isfinite().all())
+
+
+def test_scales_that_fp16_does_not_hold_are_refused() -> None:
+    with pytest.raises(PassError, match=r"a group of weights has a scale of 1e\+06, more than fp16 holds"):
+        grid_of(torch.full((1, 16), 8e6), 4, 16, symmetric=True, half=True)
 
 
 # GPTQ
@@ -287,6 +334,22 @@ def test_groups_with_zeros_are_a_grid_s(bits: int, features: int, importance: bo
     np.testing.assert_array_equal(numbers, grid.numbers(weight).numpy())
 
 
+@pytest.mark.parametrize("features", [16, 40, 33, 600])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("half", [False, True])
+def test_groups_of_rests_stand_behind_the_others(bits: int, features: int, half: bool) -> None:
+    """A product with the inputs and the means of their groups is one with the grid's values."""
+    weight, x = seeded(5, features), seeded(7, features, seed=1)
+    of = Packing(bits, 16, symmetric=False, fractions=True, half=half)
+    tensors = {name: part.load() for name, (_, part) in nearest_groups(Weight.of(weight), of).weights.items()}
+    assert tensors["scales"].dtype == (torch.float16 if half else torch.float32)
+    packed, scales, zeros = (tensors[name] for name in ("packed", "scales", "zeros"))
+    with_means = torch.cat([x, x @ of.means(features)], 1)
+    got = unpacked(packed, scales.float(), zeros, None, bits)[:, : with_means.shape[1]]
+    grid = of.grid(weight)
+    torch.testing.assert_close(with_means @ got.T, x @ grid.values(grid.numbers(weight)).T, rtol=1e-4, atol=1e-4)
+
+
 # NormalFloat
 
 
@@ -341,7 +404,7 @@ class Nothing:
     def has(self, *args: Any) -> bool:
         return True
 
-    def look_up(self, *args: Any) -> None: ...
+    def look_up(self, *args: Any, **options: Any) -> None: ...
 
 
 @pytest.mark.parametrize(
