@@ -63,6 +63,11 @@ class Backend(ABC):
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
         """The engine of a folder that ``build`` wrote."""
 
+    @classmethod
+    def unrunnable(cls) -> str | None:
+        """Why engines cannot run on this machine, where they were built for another; None if they can."""
+        return None
+
     def stopwatch(self, graph: Graph) -> Stopwatch | None:
         """Times graphs on the target at the sizes of ``graph.dims``; None where nothing is to be timed."""
         return None

@@ -178,8 +178,12 @@ def _compile(
         manifest = _manifest(build, graph, built, reports, traced, traced_ops)
         with build.part("engine"):
             engine = artifact.loaded(folder, manifest)
-            checked = _check_engine(build, graph, engine, proof)
-        report = manifest.report.model_copy(update={"engine": checked, "seconds": build.seconds})
+            reason = build.backend.unrunnable()
+            checked = _check_engine(build, graph, engine, proof) if reason is None else None
+        warnings = list(manifest.report.warnings)
+        if reason is not None:
+            warnings.append(f"the engine was built and not run: {reason}")
+        report = manifest.report.model_copy(update={"engine": checked, "seconds": build.seconds, "warnings": warnings})
         manifest = artifact.write_manifest(folder, manifest.model_copy(update={"report": report}))
         engine.manifest = manifest
     return Compiled(out, engine, manifest)

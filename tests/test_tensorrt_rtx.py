@@ -1,35 +1,56 @@
-"""The standard dialect's few-bit graphs in TensorRT-RTX, which parses and builds on machines without a GPU."""
+"""``backend: tensorrt_rtx``: engines are really parsed and built, which TensorRT-RTX does on machines without a GPU."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+import transformers as t
 
 import graphopt
-from graphopt.backends.onnx.backend import STANDARD_PASSES
+from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
+from graphopt.backends.tensorrt.engine import PLAN, unrunnable
+from graphopt.backends.tensorrt.flavours import RTX
+from graphopt.errors import BackendError, PipelineError
 from graphopt.sources import Source, transformers_source
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed (make env does)"
 )
-SIZES = {"batch": (1, 2, 4), "sequence": (4, 8, 16)}  # smallest, expected, largest
 NO_DATA: dict[str, Any] = {"scheme": "weight_only", "group": 128}
+DIMS: dict[str, tuple[int, int | None]] = {"batch": (1, 4), "sequence": (4, 16)}
+TARGET: dict[str, Any] = {"backend": "tensorrt_rtx", "options": {"compute_capabilities": ["8.9"]}}
 
 
 def bert() -> Source:
     """Heads of 32, which its attention has kernels for."""
     torch.manual_seed(0)
-    config = BertConfig(
+    config = t.BertConfig(
         vocab_size=99, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
         max_position_embeddings=64,
     )  # fmt: skip
-    return transformers_source(BertModel(config), name="bert")
+    return transformers_source(t.BertModel(config), name="bert")
+
+
+def llama() -> Source:
+    torch.manual_seed(0)
+    config = t.LlamaConfig(
+        vocab_size=99, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=256, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers_source(t.LlamaForCausalLM(config), name="llama")
+
+
+def vit() -> Source:
+    torch.manual_seed(0)
+    config = t.ViTConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, image_size=32, patch_size=8
+    )
+    return transformers_source(t.ViTModel(config), name="vit")
 
 
 def texts() -> list[dict[str, torch.Tensor]]:
@@ -37,42 +58,76 @@ def texts() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}]
 
 
-def built(model: Path, source: Source) -> tuple[Any, str]:
-    """The plan of a model for compute capability 8.9, or None, and what the parser said."""
-    trt: Any = importlib.import_module("tensorrt_rtx_bindings")
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(model)):
-        return None, "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        name = network.get_input(index).name
-        axes = [SIZES[str(axis)] for axis in source.axes[name]]
-        profile.set_shape(name, *(tuple(axis[which] for axis in axes) for which in range(3)))
-    config.add_optimization_profile(profile)
-    return builder.build_serialized_network(network, config), ""
+def compiled(
+    source: Source, folder: Path, *steps: dict[str, Any], options: dict[str, Any] | None = None
+) -> graphopt.Compiled:
+    dims = {name: sizes for name, sizes in DIMS.items() if name in source.dims or name in source.traced}
+    target = {**TARGET, "options": {**TARGET["options"], **(options or {})}}
+    passes = [*TensorRtRtxBackend.standard_passes, *steps]
+    return graphopt.compile(source, folder, passes=passes, target=target, dims=dims)
 
 
 SCHEMES: dict[str, list[dict[str, Any]]] = {
-    "fp16": [],
-    "int8_static": [{"scheme": "int8_static", "calibration": {"data": texts()}}],
-    "int8_smooth": [{"scheme": "int8_smooth", "calibration": {"data": texts()}}],
-    "fp8": [{"scheme": "fp8", "calibration": {"data": texts()}}],
-    "int4": [NO_DATA],
-    "int4, gptq": [{**NO_DATA, "algorithm": "gptq", "calibration": {"data": texts()}}],
+    "fp32": [],
+    "fp16": [{"kind": "cast"}],
+    **{
+        name: [{"kind": "cast"}, {"kind": "quantize", "embeddings": False, **options}]
+        for name, options in {
+            "int8_static": {"scheme": "int8_static", "calibration": {"data": texts()}},
+            "int8_smooth": {"scheme": "int8_smooth", "calibration": {"data": texts()}},
+            "fp8": {"scheme": "fp8", "calibration": {"data": texts()}},
+            "int4": NO_DATA,
+            "int4, gptq": {**NO_DATA, "algorithm": "gptq", "calibration": {"data": texts()}},
+        }.items()
+    },
 }
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_it_builds_in_half_precision(name: str, tmp_path: Path) -> None:
+def test_it_builds(name: str, tmp_path: Path) -> None:
+    made = compiled(bert(), tmp_path / "e", *SCHEMES[name])
+    assert (tmp_path / "e" / PLAN).stat().st_size > 1000
+    layers = made.manifest.report.engine_ops
+    assert layers["ATTENTION_INPUT"] == 2
+    assert bool(layers.get("DEQUANTIZE")) == (name not in ("fp32", "fp16"))
+    assert made.manifest.files[PLAN]
+    assert "tensorrt_rtx" in made.manifest.versions
+
+
+@pytest.mark.parametrize("source", [llama, vit], ids=["llama", "vit"])
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_other_models_build(source: Callable[[], Source], name: str, tmp_path: Path) -> None:
+    made = compiled(source(), tmp_path / "e", *SCHEMES[name])
+    assert made.manifest.report.engine_ops["ATTENTION_INPUT"] == 2
+
+
+@pytest.mark.skipif(unrunnable(RTX) is None, reason="there is a GPU that runs the engine")
+def test_an_engine_for_another_machine_is_built_and_said_not_to_be_run(tmp_path: Path) -> None:
+    made = compiled(bert(), tmp_path / "e", options={"shapes": [{"batch": 1, "sequence": 8}]})
+    assert made.manifest.report.engine is None
+    assert "the engine was built and not run: " in made.manifest.report.warnings[-1]
+    engine = graphopt.load(tmp_path / "e")
+    with pytest.raises(BackendError, match="the engine cannot run here: "):
+        engine(**texts()[0])
+
+
+def test_dynamic_products_are_refused_with_the_scheme_that_serves(tmp_path: Path) -> None:
+    step = {"kind": "quantize", "scheme": "int8_dynamic", "embeddings": False}
+    with pytest.raises(BackendError, match="quantize with scheme: int8_static"):
+        compiled(bert(), tmp_path / "e", step)
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_layer_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
+    """int8 tables that are looked up: its Gather takes no int8."""
+    step = {"kind": "quantize", "scheme": "int8_static", "min_weights": 1, "calibration": {"data": texts()}}
     source = bert()
-    steps = [{"kind": "quantize", "embeddings": False, **options} for options in SCHEMES[name]]
-    passes = [*STANDARD_PASSES, {"kind": "cast"}, *steps]
-    graphopt.compile(source, tmp_path / "e", passes=passes, target={"backend": "onnx"})
-    plan, words = built(tmp_path / "e" / "model.onnx", source)
-    assert plan is not None, words
+    source.module.get_submodule("embeddings").word_embeddings = torch.nn.Embedding(1000, 128)  # large enough
+    with pytest.raises(BackendError) as error:
+        compiled(source, tmp_path / "e", {"kind": "cast"}, step)
+    assert "embeddings.word_embeddings" in str(error.value)
+
+
+def test_a_size_without_an_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="TensorRT needs a largest size for 'batch'"):
+        graphopt.compile(bert(), tmp_path / "e", target=TARGET)

@@ -1,0 +1,110 @@
+"""``backend: tensorrt`` and ``backend: tensorrt_rtx``: a strongly typed engine in ``model.plan``."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+
+from graphopt.backend import Backend, Built, Progress, no_progress
+from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
+from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.quirks import quirks_in_force
+from graphopt.backends.tensorrt.builder import build_plan
+from graphopt.backends.tensorrt.dialect import tensorrt_dialect
+from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, unrunnable
+from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, parsed_ops
+from graphopt.backends.tensorrt.options import Options, profiles_of
+from graphopt.errors import MissingBackendError, PipelineError
+from graphopt.ir import Graph
+from graphopt.pipeline import validation_message
+from graphopt.runtime.engine import Engine
+from graphopt.schemas.manifest import Manifest
+from graphopt.schemas.pipeline import TargetConfig
+
+
+class TensorRtBackend(Backend):
+    """TensorRT, 10.6 and later: builds and runs on a machine with an NVIDIA GPU."""
+
+    name: ClassVar[str] = "tensorrt"
+    flavour: ClassVar[Flavour] = TENSORRT
+    standard_passes: ClassVar[tuple[Mapping[str, Any], ...]] = tuple(
+        step for step in STANDARD_PASSES if step["kind"] not in ("heads_last", "flatten_tokens")
+    )
+
+    def __init__(self, target: TargetConfig) -> None:
+        super().__init__(target)
+        try:
+            self.options = Options(**target.options)
+        except ValidationError as error:
+            raise PipelineError(validation_message(error, Options.model_fields), where="target.options") from error
+        if self.options.compute_capabilities and not self.flavour.builds_without_gpu:
+            raise PipelineError(
+                "compute_capabilities are for backend: tensorrt_rtx; tensorrt builds for the GPU that is here",
+                where="target.options",
+            )
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {cls.name: cls.flavour.version(), "onnx-ir": version("onnx-ir")}
+
+    @classmethod
+    def unrunnable(cls) -> str | None:
+        return unrunnable(cls.flavour)
+
+    def emit(self, graph: Graph) -> Emitter:
+        """The graph in the dialect of the importer; TensorRT itself is not needed."""
+        try:
+            own = self.flavour.version()
+        except MissingBackendError:
+            own = "0"
+        return Emitter(graph, tensorrt_dialect(parsed_ops(self.flavour), self.name, quirks_in_force(self.name, own)))
+
+    def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
+        profiles = profiles_of(graph, self.options)
+        self.flavour.module()  # before anything is written
+        emitter = self.emit(graph)
+        origins = {
+            str(node.name): node.metadata_props.get("graphopt.origin", "") for node in emitter.model.graph.all_nodes()
+        }
+        with tempfile.TemporaryDirectory(dir=folder) as inside:
+            written = write_model(emitter, Path(inside), progress)
+            plan = build_plan(self.flavour, Path(inside) / MODEL, graph, profiles, self.options, origins, progress)
+        (folder / PLAN).write_bytes(plan.data)
+        digest = hashlib.sha256(plan.data).hexdigest()
+        warnings = [f"{self.name}: {each}" for each in plan.warnings]
+        return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings)
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
+        cuda_graphs = bool(options.pop("cuda_graphs", False))
+        if options:
+            raise PipelineError(f"the {cls.name} engine has no option {', '.join(options)}", hint="cuda_graphs")
+        own = Options(**manifest.pipeline["target"]["options"])
+        from graphopt.artifact import GRAPH
+        from graphopt.text import parse
+
+        graph = parse((folder / GRAPH).read_text())
+        return TensorRtEngine(folder, manifest, cls.flavour, profiles_of(graph, own), cuda_graphs)
+
+    @classmethod
+    def facts(cls) -> dict[str, str]:
+        version = cls.flavour.version()
+        faults = [f"{quirk.text} ({quirk.action}, {quirk.reference})" for quirk in quirks_in_force(cls.name, version)]
+        return {
+            "version": version,
+            "engines here": cls.unrunnable() or "can run",
+            "faults in force": "; ".join(faults) or "none known",
+        }
+
+
+class TensorRtRtxBackend(TensorRtBackend):
+    """TensorRT-RTX: builds anywhere, runs on GeForce and RTX devices."""
+
+    name: ClassVar[str] = "tensorrt_rtx"
+    flavour: ClassVar[Flavour] = RTX

@@ -1,0 +1,115 @@
+"""The ``tensorrt`` dialect: what the importer takes, and the forms that its compiler makes fast kernels of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+import torch
+
+from graphopt.backends.onnx.attention import Attention, products
+from graphopt.backends.onnx.dialects import OPSET, STANDARD
+from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered, Lowering, Unsupported
+from graphopt.backends.quirks import Quirk
+from graphopt.ir import Node, Value
+
+#: The opset of importers that have none of the later ops.
+OLD_OPSET = 21
+
+
+def tensorrt_dialect(parses: Callable[[str], bool], name: str = "tensorrt", quirks: Sequence[Quirk] = ()) -> Dialect:
+    """The dialect of an importer. ``parses``: whether it knows an op."""
+    lowerings: dict[str, Lowering] = {**STANDARD.lowerings, **_WITHOUT_INTEGERS}
+    forms: dict[str, Lowering] = {"products": products}
+    if parses("Attention"):
+        forms = {"attention": _attention, **forms}
+    if not parses("RMSNormalization"):
+        lowerings |= {"aten.rms_norm": _rms_norm, "graphopt.add_rms_norm": _add_rms_norm}
+    if not parses("RotaryEmbedding"):
+        lowerings["graphopt.rotary_embedding"] = _rotary
+    opset = OPSET if parses("RMSNormalization") else OLD_OPSET
+    return Dialect(name, {"": opset}, lowerings, {"graphopt.attention": forms}, quirks)
+
+
+def _attention(e: Emitter, node: Node) -> Lowered:
+    """ONNX Attention on ``[B, H, S, D]``. The importer takes a causal flag or a mask, not both, and no soft cap."""
+    a = Attention(node)
+    a.require(a.sinks is None and not a.softcap, "sinks or a soft cap")
+    a.require(isinstance(a.heads, int) and isinstance(a.kv_heads, int), "a dynamic number of heads")
+    a.require(a.size == a.value_size, "another head size for values")
+    others = a.visible(e, with_causal=False) is not None or a.bias is not None
+    causal = a.causal_is_upper_left and not others
+    mask = a.additive(e, with_causal=not causal)
+    mask = a.whole(e, mask) if mask is not None else None
+    parts = (a.heads_first(e, value) for value in (a.q, a.k, a.v))
+    attributes = {"scale": a.scale, "is_causal": int(causal) or None}
+    return a.from_heads_first(e, e.op("Attention", *parts, mask, **attributes))
+
+
+def _refused(reason: str) -> Lowering:
+    def lower(e: Emitter, node: Node) -> Lowered:
+        raise Unsupported(reason)
+
+    return lower
+
+
+_WITHOUT_INTEGERS: dict[str, Lowering] = {
+    "graphopt.dynamic_linear": _refused(
+        "TensorRT has no integer products of inputs that are scaled when they run: quantize with scheme: int8_static"
+    ),
+}
+
+
+def _rms_norm(e: Emitter, node: Node) -> Lowered:
+    return _normed(e, node, e.value(node.args["input"]))
+
+
+def _add_rms_norm(e: Emitter, node: Node) -> Lowered:
+    total = e.op("Add", e.value(node.args["x"]), e.value(node.args["residual"]))
+    return _normed(e, node, total), total
+
+
+def _normed(e: Emitter, node: Node, x: ir.Value) -> ir.Value:
+    """``x / sqrt(mean(x²) + eps) * weight``, the mean in fp32."""
+    dtype, shape, eps = node.outputs[0].type.dtype, node.args["normalized_shape"], node.args["eps"]
+    wide = e.cast(x, dtype, torch.float32)
+    axes = e.vector([axis - len(shape) for axis in range(len(shape))])
+    mean = e.op("ReduceMean", e.op("Mul", wide, wide), axes, keepdims=1)
+    root = e.op("Sqrt", e.op("Add", mean, e.constant(torch.finfo(dtype).eps if eps is None else eps, torch.float32)))
+    even = e.cast(e.op("Div", wide, root), torch.float32, dtype)
+    weight: Value | None = node.args["weight"]
+    return even if weight is None else e.op("Mul", even, e.value(weight))
+
+
+def _rotary(e: Emitter, node: Node) -> Lowered:
+    """``x * cos + turned(x) * sin`` on halves, or on neighbours."""
+    x, cos, sin = (node.args[key] for key in ("x", "cos", "sin"))
+    last, width, size = node.args["heads_last"], cos.type.shape[-1], x.type.shape[3]
+    if not (isinstance(size, int) and isinstance(width, int)):
+        raise Unsupported("a dynamic size of heads")
+    heads = 2 if last else 1
+    angles = [_beside_heads(e, angle, heads) for angle in (cos, sin)]
+    whole = e.value(x)
+    rest = None if 2 * width == size else _slice(e, whole, 2 * width, size, 1)
+    if node.args["interleaved"]:
+        parts = _slice(e, whole, 0, 2 * width, 2), _slice(e, whole, 1, 2 * width, 2)
+    else:
+        parts = _slice(e, whole, 0, width, 1), _slice(e, whole, width, 2 * width, 1)
+    real = e.op("Sub", e.op("Mul", parts[0], angles[0]), e.op("Mul", parts[1], angles[1]))
+    imaginary = e.op("Add", e.op("Mul", parts[0], angles[1]), e.op("Mul", parts[1], angles[0]))
+    if node.args["interleaved"]:
+        four = e.vector([-1])
+        pairs = e.op("Concat", e.op("Unsqueeze", real, four), e.op("Unsqueeze", imaginary, four), axis=-1)
+        turned = e.reshape(pairs, (*x.type.shape[:3], 2 * width))
+    else:
+        turned = e.op("Concat", real, imaginary, axis=-1)
+    return turned if rest is None else e.op("Concat", turned, rest, axis=-1)
+
+
+def _beside_heads(e: Emitter, angle: Value, axis: int) -> ir.Value:
+    """Angles ``[B, S, R]`` with an axis for the heads."""
+    return e.once(("angles", angle.name, axis), lambda: e.op("Unsqueeze", e.value(angle), e.vector([axis])))
+
+
+def _slice(e: Emitter, x: ir.Value, start: int, end: int, step: int) -> ir.Value:
+    return e.op("Slice", x, *(e.vector([number]) for number in (start, end, -1, step)))

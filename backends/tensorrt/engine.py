@@ -1,0 +1,191 @@
+"""The TensorRT engine: torch tensors on the GPU in and out where they lie, numpy through pinned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.backends.tensorrt.flavours import Flavour
+from graphopt.backends.tensorrt.options import Profile, nearest_profile
+from graphopt.errors import BackendError, InputError
+from graphopt.execution import bind_dims
+from graphopt.runtime.engine import Engine, signature, to_torch
+from graphopt.schemas.manifest import Manifest
+
+PLAN = "model.plan"
+_CAPTURED = 16  # CUDA graphs that are kept, the least recently used one first to go
+
+
+@dataclass
+class _Captured:
+    """A CUDA graph with the tensors it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+@dataclass
+class _Opened:
+    """A plan on a device. TensorRT's contexts are of one profile each."""
+
+    engine: Any
+    contexts: dict[int, Any] = field(default_factory=dict)
+    captured: dict[tuple[tuple[str, tuple[int, ...]], ...], _Captured] = field(default_factory=dict)
+
+
+class TensorRtEngine(Engine):
+    """A plan, opened when it is first called. ``profiles`` as it was built with; ``cuda_graphs``: whether calls of sizes that
+    come again are recorded and replayed (their results are copies)."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, flavour: Flavour, profiles: list[Profile], cuda_graphs: bool = False
+    ) -> None:
+        super().__init__(manifest)
+        self.folder, self.flavour, self.profiles, self.cuda_graphs = folder, flavour, profiles, cuda_graphs
+        self._opened: _Opened | None = None
+
+    def opened(self) -> _Opened:
+        """BackendError if there is no GPU, or the plan is not for it or for this version."""
+        if self._opened is None:
+            reason = unrunnable(self.flavour)
+            if reason is not None:
+                raise BackendError(
+                    f"the engine cannot run here: {reason}", hint="run it on the device it was built for"
+                )
+            trt = self.flavour.module()
+            said: list[str] = []
+            self._runtime = trt.Runtime(_listener(trt, said))
+            engine = self._runtime.deserialize_cuda_engine((self.folder / PLAN).read_bytes())
+            if engine is None:
+                raise BackendError(
+                    f"{self.flavour.name} {trt.__version__} does not open the plan: {said[0] if said else 'no reason'}",
+                    where=str(self.folder / PLAN),
+                    hint=f"it was built with {self.manifest.versions.get(self.flavour.name, '?')}: compile again here",
+                )
+            self._opened = _Opened(engine)
+        return self._opened
+
+    @property
+    def device_bytes(self) -> int:
+        """Scratch memory of a context on the device."""
+        return int(self.opened().engine.device_memory_size_v2)
+
+    def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
+        self.opened()
+        on_device = any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors.values())
+        env = bind_dims(self.inputs, self.dims, {name: signature(name, tensor) for name, tensor in tensors.items()})
+        feeds = {name: _on_device(tensor) for name, tensor in tensors.items()}
+        results = self._replayed(feeds, env) if self.cuda_graphs else self.enqueue(feeds, env, {})
+        if as_torch and on_device:
+            return dict(results)
+        moved = {name: _in_memory(tensor) for name, tensor in results.items()}
+        torch.cuda.current_stream().synchronize()
+        return {name: tensor if as_torch else tensor.numpy() for name, tensor in moved.items()}
+
+    def enqueue(
+        self, feeds: Mapping[str, Tensor], env: Mapping[str, int], results: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Put one run on the current stream: ``feeds`` on the device, contiguous; outputs into ``results`` where given."""
+        context = self._context(env)
+        for name, tensor in feeds.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise InputError(f"{name} {list(tensor.shape)} fits no profile of the engine")
+            context.set_tensor_address(name, tensor.data_ptr() or _nothing().data_ptr())
+        made = dict(results)
+        for name, type in self.outputs.items():
+            if name not in made:
+                shape = tuple(context.get_tensor_shape(name))
+                if any(size < 0 for size in shape):
+                    raise BackendError(f"the shape of output {name!r} depends on the data, which is not supported")
+                made[name] = torch.empty(shape, dtype=type.dtype, device="cuda")
+            context.set_tensor_address(name, made[name].data_ptr() or _nothing().data_ptr())
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise BackendError(f"{self.flavour.name} cannot run the engine")
+        return made
+
+    def _context(self, env: Mapping[str, int]) -> Any:
+        opened = self.opened()
+        index = nearest_profile(self.profiles, env)
+        if index is None:
+            sizes = ", ".join(f"{name} = {size}" for name, size in env.items())
+            raise InputError(f"{sizes} fit no profile of the engine", hint=f"profiles: {self.profiles}")
+        if index not in opened.contexts:
+            context = opened.engine.create_execution_context()
+            if context is None:
+                raise BackendError(f"{self.flavour.name} has no memory for a context: {self.device_bytes >> 20} MiB")
+            context.set_optimization_profile_async(index, torch.cuda.current_stream().cuda_stream)
+            torch.cuda.current_stream().synchronize()
+            opened.contexts[index] = context
+        return opened.contexts[index]
+
+    # CUDA graphs
+
+    def _replayed(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> dict[str, Tensor]:
+        captured = self.opened().captured
+        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(feeds.items()))
+        found = captured.pop(key, None) or self._captured(feeds, env)
+        captured[key] = found
+        if len(captured) > _CAPTURED:
+            del captured[next(iter(captured))]
+        for name, tensor in feeds.items():
+            found.inputs[name].copy_(tensor, non_blocking=True)
+        found.graph.replay()
+        return {name: tensor.clone() for name, tensor in found.outputs.items()}
+
+    def _captured(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> _Captured:
+        inputs = {name: tensor.clone() for name, tensor in feeds.items()}
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            outputs = self.enqueue(inputs, env, {})  # the first run of a shape prepares it
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.enqueue(inputs, env, outputs)
+        return _Captured(graph, inputs, outputs)
+
+
+def unrunnable(flavour: Flavour) -> str | None:
+    """Why engines of a flavour cannot run on this machine; None if they can."""
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    if flavour.builds_without_gpu and (capability in ((9, 0), (10, 0)) or capability < (7, 5)):
+        return f"TensorRT-RTX has no kernels for compute capability {'.'.join(map(str, capability))}"
+    return None
+
+
+def _listener(trt: Any, said: list[str]) -> Any:
+    class Listener(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                said.append(message)
+
+    return Listener()
+
+
+def _on_device(tensor: Any) -> Tensor:
+    own = tensor if isinstance(tensor, Tensor) else to_torch(tensor)
+    if own.is_cuda:
+        return own.contiguous()
+    return own.contiguous().pin_memory().to("cuda", non_blocking=True) if own.numel() else own.to("cuda")
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _nothing() -> Tensor:
+    """An empty tensor lies nowhere, and TensorRT wants an address."""
+    return torch.empty(1, device="cuda")

@@ -1,0 +1,61 @@
+"""TensorRT and TensorRT-RTX: two libraries with nearly one API."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
+
+from graphopt.errors import MissingBackendError
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A library: ``name`` is the backend's, ``modules`` those that its Python API may be found in, ``packages`` what to install.
+
+    ``builds_without_gpu``: whether engines are built for devices that are not there, by rules instead of timings."""
+
+    name: str
+    modules: tuple[str, ...]
+    packages: str
+    builds_without_gpu: bool
+
+    def module(self) -> Any:
+        """Its Python API. MissingBackendError if it is not installed."""
+        for name in self.modules:
+            try:
+                return importlib.import_module(name)
+            except ImportError:
+                continue
+        raise MissingBackendError(f"{self.modules[0]} is not installed", hint=f"pip install {self.packages}")
+
+    def version(self) -> str:
+        version: str = self.module().__version__
+        return version
+
+
+TENSORRT = Flavour("tensorrt", ("tensorrt",), "'graphopt[tensorrt]' on a machine with an NVIDIA GPU", False)
+RTX = Flavour(
+    "tensorrt_rtx",
+    ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+    "tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
+    True,
+)
+
+#: What the parser of TensorRT 10.6 has not, of the ops that the standard dialect uses.
+_SINCE = {"Attention": "10.14", "RMSNormalization": "10.14", "RotaryEmbedding": "10.14", "TensorScatter": "10.15"}
+
+
+def parsed_ops(flavour: Flavour) -> Callable[[str], bool]:
+    """Whether the flavour's parser knows an op; where it is not installed, whether the oldest one that is supported does."""
+    try:
+        trt = flavour.module()
+    except MissingBackendError:
+        return lambda op: op not in _SINCE or flavour.builds_without_gpu
+    if flavour.builds_without_gpu:
+        return lambda op: True
+    version = Version(trt.__version__)
+    return lambda op: op not in _SINCE or version >= Version(_SINCE[op])

@@ -1,0 +1,130 @@
+"""``target.options`` of the TensorRT backends, and the optimization profiles that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from graphopt.dims import Dim, evaluate
+from graphopt.errors import PipelineError, nearest
+from graphopt.ir import Graph, TensorType
+from graphopt.schemas.common import Schema
+
+#: Sizes of one profile by the names of dims: smallest, expected, largest.
+Profile = Mapping[str, tuple[int, int, int]]
+Capability = Literal["7.5", "8.0", "8.6", "8.9", "12.0"]
+_COMMON = 128  # what is expected of a size whose range says nothing else
+
+
+class Options(Schema):
+    """How an engine is built. Precision is no option: it is in the graph (``cast``, ``quantize``)."""
+
+    shapes: tuple[dict[str, int], ...] = ()
+    """Sizes that are expected, by the names of dims: each gets a profile of its own, beside one for all that ``dims`` allows."""
+    profiles: tuple[dict[str, tuple[int, int, int]], ...] | None = None
+    """The profiles themselves: smallest, expected and largest size of each dim."""
+    workspace: Annotated[int, Field(ge=1)] | None = None
+    """The most scratch memory that a kernel may take, in MiB."""
+    tf32: bool = False
+    """Products of fp32 in TF32: faster, with 10 bits of mantissa."""
+    sparse_weights: bool = False
+    """Kernels for weights that are pruned 2:4."""
+    refit: bool = False
+    """An engine whose weights can be replaced."""
+    version_compatible: bool = False
+    """An engine that later versions run as well."""
+    hardware_compatible: bool = False
+    """An engine that later GPUs (Ampere and newer) run as well."""
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    """How long the builder searches; 3 unless given."""
+    timing_cache: str | None = None
+    """Where the builder keeps its timings; a file in the user's cache unless given."""
+    compute_capabilities: tuple[Capability, ...] = ()
+    """TensorRT-RTX: the devices to build for; all that it supports unless given."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Options:
+        if self.profiles is not None and self.shapes:
+            raise ValueError("profiles and shapes exclude each other")
+        for profile in self.profiles or ():
+            for name, (low, best, high) in profile.items():
+                if not 0 <= low <= best <= high:
+                    raise ValueError(f"profiles: {name}: [{low}, {best}, {high}] is not smallest, expected, largest")
+        return self
+
+
+def profiles_of(graph: Graph, options: Options) -> list[Profile]:
+    """The profiles of an engine: those that are given, or one for each expected shape and one for all that ``dims`` allows.
+
+    PipelineError for sizes that are unknown, outside of their range, or without a largest number."""
+    if not graph.dims:
+        return [{}]
+    if options.profiles is not None:
+        for profile in options.profiles:
+            _check_names(graph, profile, "target.options.profiles")
+        return list(options.profiles)
+    for shape in options.shapes:
+        _check_names(graph, shape, "target.options.shapes")
+        for name, size in shape.items():
+            if size not in graph.dims[name]:
+                raise PipelineError(f"{name} = {size} is outside {graph.dims[name]}", where="target.options.shapes")
+    exact = [{name: (size, size, size) for name, size in shape.items()} for shape in options.shapes]
+    return [*exact, _whole(graph)]
+
+
+def _check_names(graph: Graph, given: Mapping[str, object], where: str) -> None:
+    for name in given:
+        if name not in graph.dims:
+            raise PipelineError(f"the model has no size {name!r}", where=where, hint=nearest(name, graph.dims))
+    missing = graph.dims.keys() - given.keys()
+    if missing:
+        raise PipelineError(f"no size for {', '.join(sorted(missing))}", where=where)
+
+
+def _whole(graph: Graph) -> Profile:
+    """All that dims allow; expected is one example of 128 as far as that is allowed."""
+    counts = {
+        size.name
+        for value in graph.inputs.values()
+        for size in value.type.shape[:1]
+        if isinstance(size, Dim) and len(value.type.shape) > 1
+    }
+    sizes = {}
+    for name, bounds in graph.dims.items():
+        if bounds.max is None:
+            raise PipelineError(
+                f"TensorRT needs a largest size for {name!r}",
+                where="dims",
+                hint=f"dims: {{{name}: [{bounds.min}, 512]}}",
+            )
+        expected = min(max(1 if name in counts else _COMMON, bounds.min), bounds.max)
+        sizes[name] = (bounds.min, expected, bounds.max)
+    return sizes
+
+
+def shapes_in(type: TensorType, profile: Profile) -> list[tuple[int, ...]]:
+    """An input's smallest, expected and largest shape."""
+    return [
+        tuple(evaluate(size, {name: sizes[which] for name, sizes in profile.items()}) for size in type.shape)
+        for which in range(3)
+    ]
+
+
+def nearest_profile(profiles: list[Profile], sizes: Mapping[str, int]) -> int | None:
+    """The profile that sizes fit into and whose expected sizes are nearest to them, by their product; None if there is none."""
+
+    def distance(profile: Profile) -> float:
+        off = 1.0
+        for name, (_, best, _) in profile.items():
+            larger, smaller = max(sizes[name], best), min(sizes[name], best)
+            off *= (larger + 1) / (smaller + 1)
+        return off
+
+    fitting = [
+        index
+        for index, profile in enumerate(profiles)
+        if all(low <= sizes[name] <= high for name, (low, _, high) in profile.items())
+    ]
+    return min(fitting, key=lambda index: distance(profiles[index]), default=None)
