@@ -55,3 +55,9 @@ QUIRKS: tuple[Quirk, ...] = (
 
 def quirks_in_force(backend: str, version: str) -> list[Quirk]:
     return [quirk for quirk in QUIRKS if quirk.in_force(backend, version)]
+
+
+def faults_in_force(backend: str, version: str) -> str:
+    """What ``graphopt doctor`` says of them."""
+    faults = [f"{quirk.text} ({quirk.action}, {quirk.reference})" for quirk in quirks_in_force(backend, version)]
+    return "; ".join(faults) or "none known"

@@ -6,20 +6,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from graphopt.errors import MissingBackendError, PipelineError, nearest
 from graphopt.ir import Graph
-from graphopt.pipeline import Stopwatch
+from graphopt.pipeline import Stopwatch, validation_message
 from graphopt.plugins import plugins
 from graphopt.runtime.engine import Engine
+from graphopt.schemas.common import Schema
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.schemas.report import TacticReport
 
 BACKENDS = "graphopt.backends"  # the entry point group
+
+S = TypeVar("S", bound=Schema)
 
 Progress = Callable[[str, float], None]  # (what is done, share between 0 and 1)
 
@@ -48,6 +52,13 @@ class Backend(ABC):
 
     def __init__(self, target: TargetConfig) -> None:
         self.target = target
+
+    def options_as(self, schema: type[S]) -> S:
+        """``target.options``, read. PipelineError names the one that is wrong."""
+        try:
+            return schema(**self.target.options)
+        except ValidationError as error:
+            raise PipelineError(validation_message(error, schema.model_fields), where="target.options") from error
 
     @classmethod
     @abstractmethod

@@ -87,7 +87,7 @@ def from_directory(where: str | Path, name: str | None = None) -> Source:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$XDG_CACHE_HOME/graphopt`` or ``~/.cache/graphopt``."""
+    """Where what builds may use again is kept: ``$XDG_CACHE_HOME/graphopt`` or ``~/.cache/graphopt``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
 
 

@@ -17,8 +17,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from graphopt.ir import Graph
-from graphopt.passes.quantized_weights import is_linear, matches, module_of, refuse_unknown
-from graphopt.passes.rescaling import by_input, evening, maker_of, reason_not_to, rescale, weights_of
+from graphopt.passes.rescaling import evening, maker_of, meant, reason_not_to, rescale, weights_of
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 
@@ -34,12 +33,7 @@ class EqualizeWeights(Pass):
 
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
-        groups = by_input(node for node in graph.nodes if is_linear(graph, node))
-        paths = [module_of(node) for group in groups.values() for node in group]
-        refuse_unknown(self.kind, self.modules, paths, context)
-        for x, group in groups.items():
-            if not all(matches(module_of(node), self.modules) for node in group):
-                continue
+        for x, group in meant(graph, self.kind, self.modules, context).items():
             made = maker_of(graph, x, group)
             reason = reason_not_to(graph, group)
             if made is None or made[0].op != "aten.linear.default":

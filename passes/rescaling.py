@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from graphopt.ir import Graph, Node, Value, Weight, map_arg
-from graphopt.passes.quantized_weights import LEVELS, row_scale
+from graphopt.passes.quantized_weights import LEVELS, is_linear, matches, module_of, refuse_unknown, row_scale
+from graphopt.pipeline import Context
 
 _NORMS = frozenset({"aten.rms_norm", "aten.layer_norm", "graphopt.add_rms_norm", "graphopt.add_layer_norm"})
 LOOKUP = "aten.embedding.default"
@@ -28,6 +29,14 @@ def by_input(nodes: Iterable[Node]) -> dict[Value, list[Node]]:
     for node in nodes:
         found.setdefault(node.args["input"], []).append(node)
     return found
+
+
+def meant(graph: Graph, kind: str, modules: Sequence[str], context: Context) -> dict[Value, list[Node]]:
+    """The linears of a graph by the value that they read, where ``modules`` match all that read it."""
+    groups = by_input(node for node in graph.nodes if is_linear(graph, node))
+    paths = [module_of(node) for group in groups.values() for node in group]
+    refuse_unknown(kind, modules, paths, context)
+    return {x: group for x, group in groups.items() if all(matches(module_of(node), modules) for node in group)}
 
 
 def reason_not_to(graph: Graph, group: Sequence[Node]) -> str | None:

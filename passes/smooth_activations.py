@@ -21,8 +21,8 @@ from torch import Tensor
 
 from graphopt.calibration import Tapped
 from graphopt.ir import Graph, Node
-from graphopt.passes.quantized_weights import is_linear, matches, module_of, refuse_unknown
-from graphopt.passes.rescaling import by_input, reason_not_to, rescale, searched_smoothing, smoothing, weights_of
+from graphopt.passes.quantized_weights import module_of
+from graphopt.passes.rescaling import meant, reason_not_to, rescale, searched_smoothing, smoothing, weights_of
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
 from graphopt.schemas.calibration import Calibration
@@ -47,10 +47,7 @@ class SmoothActivations(Pass):
 
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
-        groups = by_input(node for node in graph.nodes if is_linear(graph, node))
-        paths = [module_of(node) for group in groups.values() for node in group]
-        refuse_unknown(self.kind, self.modules, paths, context)
-        groups = {x: group for x, group in groups.items() if self._are_meant(group)}
+        groups = meant(graph, self.kind, self.modules, context)
         taps = [Tapped(x.name, (len(x.type.shape) - 1,)) for x in groups]
         largest = context.calibrate(graph, self.calibration, taps)
         samples: Mapping[str, Tensor] = {}
@@ -68,9 +65,6 @@ class SmoothActivations(Pass):
             log.matches[rule] = log.matches.get(rule, 0) + 1
         graph.prune()
         return log
-
-    def _are_meant(self, group: Sequence[Node]) -> bool:
-        return all(matches(module_of(node), self.modules) for node in group)
 
     def _factors(
         self, graph: Graph, group: Sequence[Node], largest: Tensor, sample: Tensor | None, context: Context

@@ -63,10 +63,6 @@ class Treatment(Schema):
         """Whether inputs are scaled by what calibration found."""
         return self.scheme in ("int8_static", "int8_smooth", "fp8")
 
-    @property
-    def needs_data(self) -> bool:
-        return self.is_static or self.scheme == "llm_int8" or self.algorithm != "rtn"
-
     def __str__(self) -> str:
         if self.scheme not in ("weight_only", "nf4"):
             return self.scheme

@@ -13,7 +13,7 @@ import torch
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBackend
 from graphopt.backends.tensorrt.dialect import OLD_OPSET, tensorrt_dialect
-from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of, shapes_in
+from graphopt.backends.tensorrt.options import Options, Profile, nearest_profile, profiles_of, shapes_in
 from graphopt.errors import MissingBackendError, PipelineError
 from graphopt.ir import Graph
 from graphopt.schemas.pipeline import TargetConfig
@@ -106,9 +106,13 @@ def test_attention_has_a_causal_flag_or_a_mask(mask: str, causal: str, dialect: 
 BERT = "input %x: i64[batch, sequence]\n    input %past: f32[batch, 3, sequence + 2]\n    output y = %x\n"
 
 
+def found_in(graph: Graph, options: Options) -> list[Profile]:
+    return profiles_of({name: value.type for name, value in graph.inputs.items()}, graph.dims, options)
+
+
 def test_a_profile_for_each_expected_shape_and_one_for_all() -> None:
     graph = load(program(TOKENS + "    " + BERT))
-    found = profiles_of(graph, Options(shapes=({"batch": 1, "sequence": 16}, {"batch": 4, "sequence": 64})))
+    found = found_in(graph, Options(shapes=({"batch": 1, "sequence": 16}, {"batch": 4, "sequence": 64})))
     exact = [{"batch": (size, size, size), "sequence": (long, long, long)} for size, long in ((1, 16), (4, 64))]
     assert found == [*exact, {"batch": (1, 1, 4), "sequence": (2, 64, 64)}]
     assert shapes_in(graph.inputs["past"].type, found[2]) == [(1, 3, 4), (1, 3, 66), (4, 3, 66)]
@@ -120,7 +124,7 @@ def test_a_profile_for_each_expected_shape_and_one_for_all() -> None:
 def test_profiles_may_be_given() -> None:
     graph = load(program(TOKENS + "    " + BERT))
     own = {"batch": (1, 2, 4), "sequence": (2, 8, 32)}, {"batch": (1, 1, 1), "sequence": (2, 8, 32)}
-    assert profiles_of(graph, Options(profiles=own)) == list(own)
+    assert found_in(graph, Options(profiles=own)) == list(own)
     assert nearest_profile(list(own), {"batch": 1, "sequence": 9}) == 1
 
 
@@ -136,7 +140,7 @@ def test_profiles_may_be_given() -> None:
 def test_sizes_that_are_refused(options: dict[str, Any], reason: str) -> None:
     graph = load(program(TOKENS + "    " + BERT))
     with pytest.raises(PipelineError, match=reason):
-        profiles_of(graph, Options.model_validate(options))
+        found_in(graph, Options.model_validate(options))
 
 
 @pytest.mark.parametrize(

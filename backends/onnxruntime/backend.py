@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -11,7 +10,6 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from graphopt.backend import Backend, Built, Progress, no_progress
@@ -21,10 +19,11 @@ from graphopt.backends.onnx.weights import embed
 from graphopt.backends.onnxruntime.dialect import onnxruntime_dialect
 from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, make_session, onnxruntime
 from graphopt.backends.onnxruntime.tactics import Tuner, cpu_features, tuning_sizes
-from graphopt.backends.quirks import quirks_in_force
+from graphopt.backends.quirks import faults_in_force
 from graphopt.errors import BackendError, PipelineError
 from graphopt.ir import Graph, Node
-from graphopt.pipeline import Stopwatch, validation_message
+from graphopt.models import cache_folder
+from graphopt.pipeline import Stopwatch
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
 from graphopt.schemas.common import Schema
 from graphopt.schemas.manifest import Manifest
@@ -74,8 +73,7 @@ def optimized_ops(model: Path) -> dict[str, int]:
 
 def tactics_file() -> Path:
     """Where timed tactics are kept between builds."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "graphopt" / "tactics.json"
+    return cache_folder() / "tactics.json"
 
 
 class OnnxRuntimeBackend(Backend):
@@ -86,10 +84,7 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self, target: TargetConfig) -> None:
         super().__init__(target)
-        try:
-            self.options = Options(**target.options)
-        except ValidationError as error:
-            raise PipelineError(validation_message(error, Options.model_fields), where="target.options") from error
+        self.options = self.options_as(Options)
         self.dialect = onnxruntime_dialect(onnxruntime().__version__)
         self._tuner: Tuner | None = None
 
@@ -145,14 +140,11 @@ class OnnxRuntimeBackend(Backend):
     @classmethod
     def facts(cls) -> dict[str, str]:
         ort = onnxruntime()
-        faults = [
-            f"{quirk.text} ({quirk.action}, {quirk.reference})" for quirk in quirks_in_force(cls.name, ort.__version__)
-        ]
         return {
             "version": ort.__version__,
             "providers": ", ".join(ort.get_available_providers()),
             "device": ort.get_device(),
             "CPU features": cpu_features(),
-            "faults in force": "; ".join(faults) or "none known",
+            "faults in force": faults_in_force(cls.name, ort.__version__),
             "kept tactics": str(tactics_file()),
         }

@@ -9,12 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import ValidationError
-
 from graphopt.backend import Backend, Built, Progress, no_progress
 from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
 from graphopt.backends.onnx.emitter import Emitter
-from graphopt.backends.quirks import quirks_in_force
+from graphopt.backends.quirks import faults_in_force, quirks_in_force
 from graphopt.backends.tensorrt.builder import build_plan
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, unrunnable
@@ -22,7 +20,6 @@ from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, parsed_o
 from graphopt.backends.tensorrt.options import Options, profiles_of
 from graphopt.errors import MissingBackendError, PipelineError
 from graphopt.ir import Graph
-from graphopt.pipeline import validation_message
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
@@ -39,10 +36,7 @@ class TensorRtBackend(Backend):
 
     def __init__(self, target: TargetConfig) -> None:
         super().__init__(target)
-        try:
-            self.options = Options(**target.options)
-        except ValidationError as error:
-            raise PipelineError(validation_message(error, Options.model_fields), where="target.options") from error
+        self.options = self.options_as(Options)
         if self.options.compute_capabilities and not self.flavour.builds_without_gpu:
             raise PipelineError(
                 "compute_capabilities are for backend: tensorrt_rtx; tensorrt builds for the GPU that is here",
@@ -66,7 +60,8 @@ class TensorRtBackend(Backend):
         return Emitter(graph, tensorrt_dialect(parsed_ops(self.flavour), self.name, quirks_in_force(self.name, own)))
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
-        profiles = profiles_of(graph, self.options)
+        inputs = {name: value.type for name, value in graph.inputs.items()}
+        profiles = profiles_of(inputs, graph.dims, self.options)
         self.flavour.module()  # before anything is written
         emitter = self.emit(graph)
         origins = {
@@ -74,7 +69,7 @@ class TensorRtBackend(Backend):
         }
         with tempfile.TemporaryDirectory(dir=folder) as inside:
             written = write_model(emitter, Path(inside), progress)
-            plan = build_plan(self.flavour, Path(inside) / MODEL, graph, profiles, self.options, origins, progress)
+            plan = build_plan(self.flavour, Path(inside) / MODEL, inputs, profiles, self.options, origins, progress)
         (folder / PLAN).write_bytes(plan.data)
         digest = hashlib.sha256(plan.data).hexdigest()
         warnings = [f"{self.name}: {each}" for each in plan.warnings]
@@ -86,20 +81,15 @@ class TensorRtBackend(Backend):
         if options:
             raise PipelineError(f"the {cls.name} engine has no option {', '.join(options)}", hint="cuda_graphs")
         own = Options(**manifest.pipeline["target"]["options"])
-        from graphopt.artifact import GRAPH
-        from graphopt.text import parse
-
-        graph = parse((folder / GRAPH).read_text())
-        return TensorRtEngine(folder, manifest, cls.flavour, profiles_of(graph, own), cuda_graphs)
+        return TensorRtEngine(folder, manifest, cls.flavour, own, cuda_graphs)
 
     @classmethod
     def facts(cls) -> dict[str, str]:
         version = cls.flavour.version()
-        faults = [f"{quirk.text} ({quirk.action}, {quirk.reference})" for quirk in quirks_in_force(cls.name, version)]
         return {
             "version": version,
             "engines here": cls.unrunnable() or "can run",
-            "faults in force": "; ".join(faults) or "none known",
+            "faults in force": faults_in_force(cls.name, version),
         }
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from graphopt.backend import Progress
-from graphopt.backends.tensorrt.flavours import Flavour
+from graphopt.backends.tensorrt.flavours import Flavour, logger_of
 from graphopt.backends.tensorrt.options import Options, Profile, shapes_in
 from graphopt.errors import BackendError
-from graphopt.ir import Graph
+from graphopt.ir import TensorType
+from graphopt.models import cache_folder
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Plan:
 def build_plan(
     flavour: Flavour,
     model: Path,
-    graph: Graph,
+    inputs: Mapping[str, TensorType],
     profiles: list[Profile],
     options: Options,
     origins: Mapping[str, str],
@@ -41,9 +44,9 @@ def build_plan(
 
     BackendError says which node the importer or the builder refuses, and where that comes from."""
     trt = flavour.module()
-    logger = _logger(trt)
+    logger = logger_of(trt)
     builder = trt.Builder(logger)
-    if builder is None or (not flavour.builds_without_gpu and not _has_gpu()):
+    if builder is None or (not flavour.builds_without_gpu and not torch.cuda.is_available()):
         raise BackendError(
             f"{flavour.name} builds on a machine with an NVIDIA GPU, and there is none",
             hint="build there, or for backend: tensorrt_rtx here",
@@ -55,7 +58,7 @@ def build_plan(
     _make_decomposable(trt, network)
     config = _config(trt, builder, options)
     for profile in profiles:
-        config.add_optimization_profile(_profile(builder, graph, profile))
+        config.add_optimization_profile(_profile(builder, inputs, profile))
     cache = None if flavour.builds_without_gpu else _timing_cache_file(flavour, options)
     timings = None if cache is None else _load_timings(config, cache)
     with _stoppable() as stop:
@@ -68,34 +71,6 @@ def build_plan(
         raise BackendError(f"{flavour.name} cannot build the engine: {words[0]}", where=words[1])
     _save_timings(config, timings, cache)
     return Plan(bytes(plan), _kinds(network), logger.warnings)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _logger(trt: Any) -> Any:
-    """What the library says, by severity."""
-
-    class Heard(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif (
-                severity == trt.ILogger.Severity.WARNING
-                and message not in self.warnings
-                and "Int64 binding" not in message
-            ):
-                self.warnings.append(message)
-
-    return Heard()
 
 
 # Errors
@@ -153,10 +128,10 @@ def _config(trt: Any, builder: Any, options: Options) -> Any:
     return config
 
 
-def _profile(builder: Any, graph: Graph, profile: Profile) -> Any:
+def _profile(builder: Any, inputs: Mapping[str, TensorType], profile: Profile) -> Any:
     made = builder.create_optimization_profile()
-    for name, value in graph.inputs.items():
-        made.set_shape(name, *shapes_in(value.type, profile))
+    for name, type in inputs.items():
+        made.set_shape(name, *shapes_in(type, profile))
     return made
 
 
@@ -185,8 +160,7 @@ def _kinds(network: Any) -> dict[str, int]:
 def _timing_cache_file(flavour: Flavour, options: Options) -> Path:
     if options.timing_cache is not None:
         return Path(options.timing_cache)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "graphopt" / f"{flavour.name}-{flavour.version()}.timings"
+    return cache_folder() / f"{flavour.name}-{flavour.version()}.timings"
 
 
 def _load_timings(config: Any, file: Path) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.backends.tensorrt.flavours import Flavour
-from graphopt.backends.tensorrt.options import Profile, nearest_profile
+from graphopt.backends.tensorrt.flavours import Flavour, logger_of
+from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
 from graphopt.errors import BackendError, InputError
 from graphopt.execution import bind_dims
 from graphopt.runtime.engine import Engine, signature, to_torch
@@ -40,14 +40,15 @@ class _Opened:
 
 
 class TensorRtEngine(Engine):
-    """A plan, opened when it is first called. ``profiles`` as it was built with; ``cuda_graphs``: whether calls of sizes that
+    """A plan, opened when it is first called. ``options`` as it was built with; ``cuda_graphs``: whether calls of sizes that
     come again are recorded and replayed (their results are copies)."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, flavour: Flavour, profiles: list[Profile], cuda_graphs: bool = False
+        self, folder: Path, manifest: Manifest, flavour: Flavour, options: Options, cuda_graphs: bool = False
     ) -> None:
         super().__init__(manifest)
-        self.folder, self.flavour, self.profiles, self.cuda_graphs = folder, flavour, profiles, cuda_graphs
+        self.folder, self.flavour, self.cuda_graphs = folder, flavour, cuda_graphs
+        self.profiles = profiles_of(self.inputs, self.dims, options)
         self._opened: _Opened | None = None
 
     def opened(self) -> _Opened:
@@ -59,12 +60,13 @@ class TensorRtEngine(Engine):
                     f"the engine cannot run here: {reason}", hint="run it on the device it was built for"
                 )
             trt = self.flavour.module()
-            said: list[str] = []
-            self._runtime = trt.Runtime(_listener(trt, said))
+            logger = logger_of(trt)
+            self._runtime = trt.Runtime(logger)
             engine = self._runtime.deserialize_cuda_engine((self.folder / PLAN).read_bytes())
             if engine is None:
+                reason = next(iter(logger.errors), "no reason")
                 raise BackendError(
-                    f"{self.flavour.name} {trt.__version__} does not open the plan: {said[0] if said else 'no reason'}",
+                    f"{self.flavour.name} {trt.__version__} does not open the plan: {reason}",
                     where=str(self.folder / PLAN),
                     hint=f"it was built with {self.manifest.versions.get(self.flavour.name, '?')}: compile again here",
                 )
@@ -159,18 +161,6 @@ def unrunnable(flavour: Flavour) -> str | None:
     if flavour.builds_without_gpu and (capability in ((9, 0), (10, 0)) or capability < (7, 5)):
         return f"TensorRT-RTX has no kernels for compute capability {'.'.join(map(str, capability))}"
     return None
-
-
-def _listener(trt: Any, said: list[str]) -> Any:
-    class Listener(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                said.append(message)
-
-    return Listener()
 
 
 def _on_device(tensor: Any) -> Tensor:

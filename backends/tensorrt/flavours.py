@@ -59,3 +59,25 @@ def parsed_ops(flavour: Flavour) -> Callable[[str], bool]:
         return lambda op: True
     version = Version(trt.__version__)
     return lambda op: op not in _SINCE or version >= Version(_SINCE[op])
+
+
+def logger_of(trt: Any) -> Any:
+    """What the library says, by severity."""
+
+    class Heard(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif (
+                severity == trt.ILogger.Severity.WARNING
+                and message not in self.warnings
+                and "Int64 binding" not in message
+            ):
+                self.warnings.append(message)
+
+    return Heard()

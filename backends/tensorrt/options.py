@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from graphopt.dims import Dim, evaluate
 from graphopt.errors import PipelineError, nearest
-from graphopt.ir import Graph, TensorType
+from graphopt.ir import DimRange, TensorType
 from graphopt.schemas.common import Schema
 
 #: Sizes of one profile by the names of dims: smallest, expected, largest.
@@ -55,44 +55,44 @@ class Options(Schema):
         return self
 
 
-def profiles_of(graph: Graph, options: Options) -> list[Profile]:
+def profiles_of(inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange], options: Options) -> list[Profile]:
     """The profiles of an engine: those that are given, or one for each expected shape and one for all that ``dims`` allows.
 
     PipelineError for sizes that are unknown, outside of their range, or without a largest number."""
-    if not graph.dims:
+    if not dims:
         return [{}]
     if options.profiles is not None:
         for profile in options.profiles:
-            _check_names(graph, profile, "target.options.profiles")
+            _check_names(dims, profile, "target.options.profiles")
         return list(options.profiles)
     for shape in options.shapes:
-        _check_names(graph, shape, "target.options.shapes")
+        _check_names(dims, shape, "target.options.shapes")
         for name, size in shape.items():
-            if size not in graph.dims[name]:
-                raise PipelineError(f"{name} = {size} is outside {graph.dims[name]}", where="target.options.shapes")
+            if size not in dims[name]:
+                raise PipelineError(f"{name} = {size} is outside {dims[name]}", where="target.options.shapes")
     exact = [{name: (size, size, size) for name, size in shape.items()} for shape in options.shapes]
-    return [*exact, _whole(graph)]
+    return [*exact, _whole(inputs, dims)]
 
 
-def _check_names(graph: Graph, given: Mapping[str, object], where: str) -> None:
+def _check_names(dims: Mapping[str, DimRange], given: Mapping[str, object], where: str) -> None:
     for name in given:
-        if name not in graph.dims:
-            raise PipelineError(f"the model has no size {name!r}", where=where, hint=nearest(name, graph.dims))
-    missing = graph.dims.keys() - given.keys()
+        if name not in dims:
+            raise PipelineError(f"the model has no size {name!r}", where=where, hint=nearest(name, dims))
+    missing = dims.keys() - given.keys()
     if missing:
         raise PipelineError(f"no size for {', '.join(sorted(missing))}", where=where)
 
 
-def _whole(graph: Graph) -> Profile:
+def _whole(inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange]) -> Profile:
     """All that dims allow; expected is one example of 128 as far as that is allowed."""
     counts = {
         size.name
-        for value in graph.inputs.values()
-        for size in value.type.shape[:1]
-        if isinstance(size, Dim) and len(value.type.shape) > 1
+        for type in inputs.values()
+        for size in type.shape[:1]
+        if isinstance(size, Dim) and len(type.shape) > 1
     }
     sizes = {}
-    for name, bounds in graph.dims.items():
+    for name, bounds in dims.items():
         if bounds.max is None:
             raise PipelineError(
                 f"TensorRT needs a largest size for {name!r}",
