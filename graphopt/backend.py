@@ -79,6 +79,12 @@ class Backend(ABC):
         """Why engines cannot run on this machine, where they were built for another; None if they can."""
         return None
 
+    def stand_in(self, graph: Graph, engine: Engine) -> Engine | None:
+        """What runs an engine's model where the engine itself cannot run; None if nothing does.
+
+        BackendError or MissingBackendError says why it does not take this one."""
+        return None
+
     def stopwatch(self, graph: Graph) -> Stopwatch | None:
         """Times graphs on the target at the sizes of ``graph.dims``; None where nothing is to be timed."""
         return None

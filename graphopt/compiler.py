@@ -18,7 +18,7 @@ from torch import nn
 from graphopt import artifact, attentions, models, operators
 from graphopt.backend import Backend, Built, Progress, backend_class, no_progress
 from graphopt.eager import eager, kept
-from graphopt.errors import GraphError, ParityError, PipelineError, TracingError
+from graphopt.errors import BackendError, GraphError, MissingBackendError, ParityError, PipelineError, TracingError
 from graphopt.ir import DimRange, Graph
 from graphopt.models import load_model
 from graphopt.parity import Contract, Probe, bisect
@@ -179,11 +179,15 @@ def _compile(
         with build.part("engine"):
             engine = artifact.loaded(folder, manifest)
             reason = build.backend.unrunnable()
-            checked = _check_engine(build, graph, engine, proof) if reason is None else None
+            if reason is None:
+                checked = {"engine": _check_engine(build, graph, engine, proof)}
+            else:
+                checked, unchecked = _check_emitted(build, graph, engine, proof)
+                reason += unchecked
         warnings = list(manifest.report.warnings)
         if reason is not None:
             warnings.append(f"the engine was built and not run: {reason}")
-        report = manifest.report.model_copy(update={"engine": checked, "seconds": build.seconds, "warnings": warnings})
+        report = manifest.report.model_copy(update={**checked, "seconds": build.seconds, "warnings": warnings})
         manifest = artifact.write_manifest(folder, manifest.model_copy(update={"report": report}))
         engine.manifest = manifest
     return Compiled(out, engine, manifest)
@@ -270,11 +274,22 @@ def _check_trace(build: _Build, graph: Graph, proof: Proof) -> StageParity:
     return parity
 
 
-def _check_engine(build: _Build, graph: Graph, engine: Engine, proof: Proof) -> StageParity:
+def _check_engine(build: _Build, graph: Graph, engine: Engine, proof: Proof, stage: str = "the engine") -> StageParity:
     parity = proof.of_engine(engine, final_contract(build.steps, build.parity))
     if parity.holds or build.force:
         return parity
-    raise broken("the engine", parity, first_engine_difference(build.backend, graph, proof))
+    raise broken(stage, parity, first_engine_difference(build.backend, graph, proof))
+
+
+def _check_emitted(build: _Build, graph: Graph, engine: Engine, proof: Proof) -> tuple[dict[str, StageParity], str]:
+    """The model of an engine that cannot run here; a reason if that cannot run either."""
+    try:
+        stand_in = build.backend.stand_in(graph, engine)
+        if stand_in is None:
+            return {}, ""
+        return {"emitted": _check_engine(build, graph, stand_in, proof, "the emitted model")}, ""
+    except (BackendError, MissingBackendError) as error:
+        return {}, f"; nor was the model that it was built of ({error.what})"
 
 
 def final_contract(steps: Sequence[Pass], override: Budget | None) -> Contract:

@@ -114,6 +114,7 @@ def _target(manifest: Manifest) -> str:
 def _verdict(report: BuildReport) -> Verdict:
     """Whether every stage kept its contract; a stage that nothing was compared with is never passed over."""
     stages = [("trace", report.trace), *((p.kind, p.parity) for p in report.passes), ("engine", report.engine)]
+    stages += [("emitted model", report.emitted)] if report.emitted is not None else []
     broken = [name for name, parity in stages if parity is not None and not parity.holds]
     unseen = [name for name, parity in stages if parity is None]
     if broken:

@@ -48,7 +48,8 @@ FEW = 3
 def stages_of(report: BuildReport) -> list[Stage]:
     """Trace, passes, engine. Numbers make anchors unique: a pass may run twice."""
     trace = Stage("stage-trace", "", "trace", seconds=_part(report, "trace"), parity=_parity(report.trace))
-    engine = Stage("stage-engine", "", "engine", seconds=_part(report, "build"), parity=_parity(report.engine))
+    name, parity = report.last
+    engine = Stage("stage-engine", "", name, seconds=_part(report, "build"), parity=_parity(parity))
     return [trace, *_pass_stages(report.passes), engine]
 
 

@@ -72,8 +72,9 @@ def parity_table(report: BuildReport) -> Table:
         nodes = f"{step.nodes_before}-{step.nodes_after}"
         stage = _stage(step.parity) if step.parity is not None else ("", "", "", "")
         table.add_row(step.kind, str(step.changes), nodes, *stage, f"{step.seconds:.1f}")
-    if report.engine is not None:
-        table.add_row("engine", "", "", *_stage(report.engine), f"{report.seconds.get('build', 0.0):.1f}")
+    name, last = report.last
+    if last is not None:
+        table.add_row(name, "", "", *_stage(last), f"{report.seconds.get('build', 0.0):.1f}")
     return table
 
 

@@ -152,6 +152,9 @@ class _Caster:
     def _as(self, value: Value, dtype: torch.dtype, before: Node | None, *, clamp: bool = False) -> Value:
         if value.type.dtype == dtype:
             return value
+        narrow = _widened(value)
+        if narrow is not None and narrow.type.dtype == dtype:
+            return narrow
         key = value.name, dtype
         if key not in self.casts:
             weight = self.graph.weight_of(value)
@@ -193,6 +196,16 @@ class _Caster:
 
 def _same(a: Any, b: Any) -> bool:
     return all(x is y or (not isinstance(x, Value) and x == y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+def _widened(value: Value) -> Value | None:
+    """What a value holds in fewer bits, none of them lost."""
+    node = value.producer
+    if node is None or node.op != "aten.to.dtype":
+        return None
+    source: Value = node.args["self"]
+    is_exact = value.type.dtype == torch.float32 and source.type.dtype in _DTYPES.values()
+    return source if is_exact else None
 
 
 def _of_positions(graph: Graph) -> set[Value]:

@@ -215,7 +215,14 @@ class BuildReport(Schema):
     passes: list[PassReport] = Field(default_factory=list)
     attentions: list[AttentionReport] = Field(default_factory=list)
     tactics: list[TacticReport] = Field(default_factory=list)
+    emitted: StageParity | None = None
+    """Of the model that the engine was built of, where the engine itself cannot run."""
     engine: StageParity | None = None
     engine_ops: dict[str, int] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
     seconds: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def last(self) -> tuple[str, StageParity | None]:
+        """The last stage by name: the engine, or the model that stands in for it."""
+        return ("engine", self.engine) if self.emitted is None else ("emitted model", self.emitted)

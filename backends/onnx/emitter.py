@@ -387,7 +387,7 @@ class Emitter:
             source = node.outputs[0]
         source.name = name
         self._outputs.append(source)
-        return self._typed(source, value.type)
+        return source if source.type is not None else self._typed(source, value.type)
 
     def _typed(self, value: ir.Value, type: TensorType, packed: bool = False) -> ir.Value:
         value.type = ir.TensorType(DTYPES[type.dtype.to_real() if type.dtype.is_complex else type.dtype])

@@ -60,10 +60,6 @@ class BoundCache(KvCache):
         super().__init__(engine, layout, batch, {name: t.to(self.device).contiguous() for name, t in once.items()})
         self._calls: dict[tuple[int, int, int], _Call] = {}
 
-    def step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.check(feeds)
-        return self._step(self.with_room(feeds))
-
     def _step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.layout.max_length is None or not self.engine.must_be_apart(self.layout, feeds):
             return self._run(feeds, 0, self.batch)
@@ -80,14 +76,6 @@ class BoundCache(KvCache):
                 for name in self.layout.tokens
             }
         return own
-
-    def call_once(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The engine called with a static cache that is given, and given back: kernels that write in place need it bound as
-        past and present. Results on the CPU."""
-        self.tensors = {name: tensors[name].to(self.device, copy=True).contiguous() for name in self.layout.names}
-        results = self._step({name: tensor for name, tensor in tensors.items() if name not in self.layout.names})
-        presents = {present: self.tensors[past] for past, present in self.layout.names.items()}
-        return {name: tensor.cpu() for name, tensor in {**results, **presents}.items()}
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)

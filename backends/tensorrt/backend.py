@@ -18,8 +18,10 @@ from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, unrunnable
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, parsed_ops
 from graphopt.backends.tensorrt.options import Options, profiles_of
+from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
 from graphopt.ir import Graph
+from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
@@ -61,7 +63,7 @@ class TensorRtBackend(Backend):
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
         inputs = {name: value.type for name, value in graph.inputs.items()}
-        profiles = profiles_of(inputs, graph.dims, self.options)
+        profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
         self.flavour.module()  # before anything is written
         emitter = self.emit(graph)
         origins = {
@@ -82,6 +84,13 @@ class TensorRtBackend(Backend):
             raise PipelineError(f"the {cls.name} engine has no option {', '.join(options)}", hint="cuda_graphs")
         own = Options(**manifest.pipeline["target"]["options"])
         return TensorRtEngine(folder, manifest, cls.flavour, own, cuda_graphs)
+
+    def stand_in(self, graph: Graph, engine: Engine) -> Engine | None:
+        assert isinstance(engine, TensorRtEngine)
+        made = StandIn(engine, self.emit(graph))
+        if graph.prologue is not None and engine.prologue is not None:
+            made.prologue = self.stand_in(graph.prologue, engine.prologue)
+        return made
 
     @classmethod
     def facts(cls) -> dict[str, str]:

@@ -11,6 +11,7 @@ from graphopt.backends.onnx.attention import Attention, products
 from graphopt.backends.onnx.dialects import OPSET, STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered, Lowering, Unsupported
 from graphopt.backends.quirks import Quirk
+from graphopt.backends.tensorrt.cached import appended, new_rows, without_buffers
 from graphopt.ir import Node, Value
 
 #: The opset of importers that have none of the later ops.
@@ -23,6 +24,9 @@ def tensorrt_dialect(parses: Callable[[str], bool], name: str = "tensorrt", quir
     forms: dict[str, Lowering] = {"products": products}
     if parses("Attention"):
         forms = {"attention": _attention, **forms}
+    if not parses("TensorScatter"):
+        forms = {"appended": appended, **{form: without_buffers(lowering) for form, lowering in forms.items()}}
+        lowerings["graphopt.kv_cache_update"] = new_rows
     if not parses("RMSNormalization"):
         lowerings |= {"aten.rms_norm": _rms_norm, "graphopt.add_rms_norm": _add_rms_norm}
     if not parses("RotaryEmbedding"):

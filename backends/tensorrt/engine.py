@@ -10,24 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
 from graphopt.backends.tensorrt.flavours import Flavour, logger_of
 from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
 from graphopt.errors import BackendError, InputError
 from graphopt.execution import bind_dims
+from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import Engine, signature, to_torch
+from graphopt.runtime.kv_cache import KvCache
 from graphopt.schemas.manifest import Manifest
 
 PLAN = "model.plan"
-_CAPTURED = 16  # CUDA graphs that are kept, the least recently used one first to go
-
-
-@dataclass
-class _Captured:
-    """A CUDA graph with the tensors it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+_RECORDED = 16  # CUDA graphs that are kept, the least recently used one first to go
 
 
 @dataclass
@@ -36,19 +30,21 @@ class _Opened:
 
     engine: Any
     contexts: dict[int, Any] = field(default_factory=dict)
-    captured: dict[tuple[tuple[str, tuple[int, ...]], ...], _Captured] = field(default_factory=dict)
+    recorded: dict[tuple[tuple[str, tuple[int, ...]], ...], Recorded] = field(default_factory=dict)
 
 
 class TensorRtEngine(Engine):
     """A plan, opened when it is first called. ``options`` as it was built with; ``cuda_graphs``: whether calls of sizes that
-    come again are recorded and replayed (their results are copies)."""
+    come again are recorded and replayed (their results are copies). Single tokens on a static cache always are."""
+
+    device = torch.device("cuda")
 
     def __init__(
         self, folder: Path, manifest: Manifest, flavour: Flavour, options: Options, cuda_graphs: bool = False
     ) -> None:
         super().__init__(manifest)
-        self.folder, self.flavour, self.cuda_graphs = folder, flavour, cuda_graphs
-        self.profiles = profiles_of(self.inputs, self.dims, options)
+        self.folder, self.flavour, self.options, self.cuda_graphs = folder, flavour, options, cuda_graphs
+        self.profiles = profiles_of(self.inputs, self.dims, options, self.layout)
         self._opened: _Opened | None = None
 
     def opened(self) -> _Opened:
@@ -78,17 +74,54 @@ class TensorRtEngine(Engine):
         """Scratch memory of a context on the device."""
         return int(self.opened().engine.device_memory_size_v2)
 
-    def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
+    def check_device(self) -> None:
+        """BackendError if the engine cannot run here."""
         self.opened()
+
+    def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
+        self.check_device()
+        layout = self.layout
+        if layout is not None and layout.max_length is not None:
+            given = {
+                name: tensor if isinstance(tensor, Tensor) else to_torch(tensor) for name, tensor in tensors.items()
+            }
+            results = DeviceCache(self, layout, len(given[PAST_LENGTHS]), {}).call_once(given)
+            return {name: results[name] if as_torch else results[name].numpy() for name in self.outputs}
         on_device = any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors.values())
         env = bind_dims(self.inputs, self.dims, {name: signature(name, tensor) for name, tensor in tensors.items()})
-        feeds = {name: _on_device(tensor) for name, tensor in tensors.items()}
+        feeds = {name: self.on_device(tensor) for name, tensor in tensors.items()}
         results = self._replayed(feeds, env) if self.cuda_graphs else self.enqueue(feeds, env, {})
         if as_torch and on_device:
             return dict(results)
-        moved = {name: _in_memory(tensor) for name, tensor in results.items()}
-        torch.cuda.current_stream().synchronize()
+        moved = self._in_memory(results)
         return {name: tensor if as_torch else tensor.numpy() for name, tensor in moved.items()}
+
+    def on_device(self, tensor: Any) -> Tensor:
+        """A tensor on the device, contiguous; from the CPU through pinned memory."""
+        own = tensor if isinstance(tensor, Tensor) else to_torch(tensor)
+        if own.device.type == self.device.type or not own.numel():
+            return own.to(self.device).contiguous()
+        return own.contiguous().pin_memory().to(self.device, non_blocking=True)
+
+    def _in_memory(self, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Results on the CPU, through pinned memory."""
+        moved = {}
+        for name, tensor in results.items():
+            pinned = tensor.is_cuda and tensor.numel() > 0
+            room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            moved[name] = room.copy_(tensor, non_blocking=pinned)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return moved
+
+    def _new_cache(self, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> KvCache:
+        self.check_device()
+        return DeviceCache(self, layout, batch, once)
+
+    def gives_new_rows(self, layout: CacheLayout) -> bool:
+        """Whether the engine gives the new rows of a static cache instead of writing them."""
+        present = next(iter(layout.names.values()))
+        return int(self.opened().engine.get_tensor_shape(present)[2]) != layout.outputs[present].shape[2]
 
     def enqueue(
         self, feeds: Mapping[str, Tensor], env: Mapping[str, int], results: Mapping[str, Tensor]
@@ -129,28 +162,21 @@ class TensorRtEngine(Engine):
     # CUDA graphs
 
     def _replayed(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> dict[str, Tensor]:
-        captured = self.opened().captured
+        recorded = self.opened().recorded
         key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(feeds.items()))
-        found = captured.pop(key, None) or self._captured(feeds, env)
-        captured[key] = found
-        if len(captured) > _CAPTURED:
-            del captured[next(iter(captured))]
+        found = recorded.pop(key, None) or self._recorded(feeds, env)
+        recorded[key] = found
+        if len(recorded) > _RECORDED:
+            del recorded[next(iter(recorded))]
         for name, tensor in feeds.items():
             found.inputs[name].copy_(tensor, non_blocking=True)
         found.graph.replay()
-        return {name: tensor.clone() for name, tensor in found.outputs.items()}
+        return {name: tensor.clone() for name, tensor in found.results.items()}
 
-    def _captured(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> _Captured:
+    def _recorded(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> Recorded:
         inputs = {name: tensor.clone() for name, tensor in feeds.items()}
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            outputs = self.enqueue(inputs, env, {})  # the first run of a shape prepares it
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.enqueue(inputs, env, outputs)
-        return _Captured(graph, inputs, outputs)
+        graph, results = record(lambda: self.enqueue(inputs, env, {}))
+        return Recorded(graph, inputs, results)
 
 
 def unrunnable(flavour: Flavour) -> str | None:
@@ -161,19 +187,6 @@ def unrunnable(flavour: Flavour) -> str | None:
     if flavour.builds_without_gpu and (capability in ((9, 0), (10, 0)) or capability < (7, 5)):
         return f"TensorRT-RTX has no kernels for compute capability {'.'.join(map(str, capability))}"
     return None
-
-
-def _on_device(tensor: Any) -> Tensor:
-    own = tensor if isinstance(tensor, Tensor) else to_torch(tensor)
-    if own.is_cuda:
-        return own.contiguous()
-    return own.contiguous().pin_memory().to("cuda", non_blocking=True) if own.numel() else own.to("cuda")
-
-
-def _in_memory(tensor: Tensor) -> Tensor:
-    if not tensor.numel():
-        return tensor.cpu()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _nothing() -> Tensor:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from graphopt.dims import Dim, evaluate
 from graphopt.errors import PipelineError, nearest
 from graphopt.ir import DimRange, TensorType
+from graphopt.runtime.cache import CacheLayout
 from graphopt.schemas.common import Schema
 
 #: Sizes of one profile by the names of dims: smallest, expected, largest.
@@ -55,8 +56,11 @@ class Options(Schema):
         return self
 
 
-def profiles_of(inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange], options: Options) -> list[Profile]:
+def profiles_of(
+    inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange], options: Options, layout: CacheLayout | None = None
+) -> list[Profile]:
     """The profiles of an engine: those that are given, or one for each expected shape and one for all that ``dims`` allows.
+    A decoder with a static cache (``layout``) has one for single tokens as well.
 
     PipelineError for sizes that are unknown, outside of their range, or without a largest number."""
     if not dims:
@@ -71,7 +75,14 @@ def profiles_of(inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange], 
             if size not in dims[name]:
                 raise PipelineError(f"{name} = {size} is outside {dims[name]}", where="target.options.shapes")
     exact = [{name: (size, size, size) for name, size in shape.items()} for shape in options.shapes]
-    return [*exact, _whole(inputs, dims)]
+    whole = _whole(inputs, dims)
+    if layout is None or layout.max_length is None:
+        return [*exact, whole]
+    low, best, high = whole[layout.sequence]
+    most = layout.window or high  # what buffers of windows take at once
+    prefill = {**whole, layout.sequence: (low, min(best, most), most)}
+    decode = [{**whole, layout.sequence: (1, 1, 1)}] if low == 1 and not exact else []
+    return [*exact, *decode, prefill]
 
 
 def _check_names(dims: Mapping[str, DimRange], given: Mapping[str, object], where: str) -> None:
@@ -97,7 +108,7 @@ def _whole(inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange]) -> Pr
             raise PipelineError(
                 f"TensorRT needs a largest size for {name!r}",
                 where="dims",
-                hint=f"dims: {{{name}: [{bounds.min}, 512]}}",
+                hint=f"dims: {{{name}: [{bounds.min}, 512]}}, or all sizes in target.options.profiles",
             )
         expected = min(max(1 if name in counts else _COMMON, bounds.min), bounds.max)
         sizes[name] = (bounds.min, expected, bounds.max)

@@ -22,10 +22,11 @@ class KvCache:
     This one hands every step's outputs to the next one; a backend that can write in place has its own."""
 
     device = torch.device("cpu")
+    tensors: dict[str, Tensor]
 
     def __init__(self, engine: Engine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
         self.engine, self.layout, self.batch = engine, layout, batch
-        self.tensors = layout.empty(batch, self.device)
+        self.hold(layout.empty(batch, self.device))
         self.once = dict(once)
         self.evicted = torch.zeros(batch, dtype=torch.int64)
 
@@ -39,9 +40,24 @@ class KvCache:
 
         InputError if the feeds do not fit the cache."""
         self.check(feeds)
-        results = self.engine(**self.with_room(feeds), **self.once, **self.tensors)
+        return self._step(self.with_room(feeds))
+
+    def _step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        results = self.engine(**feeds, **self.once, **self.tensors)
         self.tensors = {past: results[present] for past, present in self.layout.names.items()}
         return {name: results[name] for name in self.layout.results}
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let these be the cache."""
+        self.tensors = dict(tensors)
+
+    def call_once(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The engine called with a static cache that is given, and given back: engines that write in place need it bound as
+        past and present. Results on the CPU."""
+        self.hold({name: tensors[name].to(self.device, copy=True).contiguous() for name in self.layout.names})
+        results = self._step({name: tensor for name, tensor in tensors.items() if name not in self.layout.names})
+        presents = {present: self.tensors[past] for past, present in self.layout.names.items()}
+        return {name: tensor.cpu() for name, tensor in {**results, **presents}.items()}
 
     def with_room(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The feeds, after buffers of windows have room for their tokens."""
@@ -74,7 +90,7 @@ class KvCache:
     def select(self, rows: Tensor) -> None:
         """Let the batch be these rows of itself (numbers, or a mask): for beam search, or to leave texts that have ended."""
         rows = torch.arange(self.batch)[rows.cpu()]
-        self.tensors = {name: tensor[rows.to(tensor.device)].contiguous() for name, tensor in self.tensors.items()}
+        self.hold({name: tensor[rows.to(tensor.device)].contiguous() for name, tensor in self.tensors.items()})
         self.once = {name: tensor[rows.to(tensor.device)].contiguous() for name, tensor in self.once.items()}
         self.evicted = self.evicted[rows]
         self.batch = len(rows)

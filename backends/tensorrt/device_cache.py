@@ -1,0 +1,121 @@
+"""A cache on the device: written in place by the engine, or with the new rows that it gives; steps of single tokens are
+recorded as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from graphopt.execution import bind_dims
+from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout, window_length
+from graphopt.runtime.engine import signature
+from graphopt.runtime.kv_cache import KvCache
+
+if TYPE_CHECKING:
+    from graphopt.backends.tensorrt.engine import TensorRtEngine
+
+
+@dataclass
+class Recorded:
+    """A CUDA graph with the tensors it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    results: dict[str, Tensor]
+
+
+def record(run: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    """What a function puts on the device, to be done again with the same tensors. It runs once before, which prepares it."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+@dataclass
+class _Stack:
+    """Buffers of one shape, ``[n, B, H, M, D]``, by name: new rows of all of them are written at once."""
+
+    names: list[str]
+    buffers: Tensor
+
+    def rows(self, width: int) -> Tensor:
+        """Room for the new rows of ``width`` tokens."""
+        count, batch, heads, _, size = self.buffers.shape
+        return self.buffers.new_empty(count, batch, heads, width, size)
+
+    def write(self, rows: Tensor, starts: Tensor) -> None:
+        """``rows`` ``[n, B, H, S, D]`` behind the first ``starts`` ``[B]`` positions."""
+        places = starts[:, None] + torch.arange(rows.shape[3], device=starts.device)
+        self.buffers.scatter_(3, places[None, :, None, :, None].expand_as(rows), rows)
+
+
+class DeviceCache(KvCache):
+    """The buffers of a static layout stay where they are; of a growing one the engine's outputs are the next step's inputs."""
+
+    engine: TensorRtEngine
+
+    def __init__(self, engine: TensorRtEngine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
+        self.device = engine.device
+        self.gives_rows = layout.max_length is not None and engine.gives_new_rows(layout)
+        self._recorded: Recorded | None = None
+        super().__init__(engine, layout, batch, {name: tensor.to(self.device) for name, tensor in once.items()})
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        self._recorded = None
+        alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+        for name, tensor in tensors.items() if self.gives_rows else ():
+            alike.setdefault((tensor.shape, tensor.dtype), []).append(name)
+        self._stacks = [_Stack(names, torch.stack([tensors[name] for name in names])) for names in alike.values()]
+        own = {name: buffer for stack in self._stacks for name, buffer in zip(stack.names, stack.buffers, strict=True)}
+        super().hold(own or tensors)
+
+    def _step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        width = feeds[self.layout.tokens[0]].shape[1]
+        if self.layout.max_length is None or width > 1 or self.device.type != "cuda":
+            return self._run({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
+        if self._recorded is None:
+            self._recorded = self._record({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
+        for name, tensor in feeds.items():
+            self._recorded.inputs[name].copy_(tensor, non_blocking=True)
+        self._recorded.graph.replay()
+        return self._recorded.results
+
+    def _record(self, feeds: Mapping[str, Tensor]) -> Recorded:
+        """What a step of single tokens does; each step's results lie where the one's before lay."""
+        inputs = {name: tensor.clone() for name, tensor in feeds.items()}
+        graph, results = record(lambda: self._run(inputs))
+        return Recorded(graph, inputs, results)
+
+    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {**feeds, **self.once, **self.tensors}
+        env = bind_dims(
+            self.engine.inputs, self.engine.dims, {name: signature(name, own) for name, own in inputs.items()}
+        )
+        rows = [stack.rows(feeds[self.layout.tokens[0]].shape[1]) for stack in self._stacks]
+        presents: dict[str, Tensor] = {}
+        if self.layout.max_length is not None and not rows:
+            presents = {present: self.tensors[past] for past, present in self.layout.names.items()}
+        for stack, own in zip(self._stacks, rows, strict=True):
+            presents |= {self.layout.names[name]: each for name, each in zip(stack.names, own, strict=True)}
+        made = self.engine.enqueue(inputs, env, presents)
+        if self.layout.max_length is None:
+            self.tensors = {past: made[present] for past, present in self.layout.names.items()}
+        for stack, own in zip(self._stacks, rows, strict=True):
+            stack.write(own, self._starts(stack, feeds))
+        return {name: made[name] for name in self.layout.results}
+
+    def _starts(self, stack: _Stack, feeds: Mapping[str, Tensor]) -> Tensor:
+        """Where the new rows of each text go."""
+        starts, window = feeds[PAST_LENGTHS], self.layout.window
+        is_window = window is not None and stack.buffers.shape[3] == window_length(window)
+        return starts - feeds[PAST_EVICTED] if is_window else starts

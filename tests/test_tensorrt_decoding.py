@@ -1,0 +1,107 @@
+"""Decoders with a cache for TensorRT: built by TensorRT-RTX without a GPU, the emitted model run step by step beside eager."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graphopt
+from benchmarks.zoo.catalog import ANIMALS
+from benchmarks.zoo.small import source as small_source
+from graphopt.artifact import read_graph
+from graphopt.backends.tensorrt import backend as backends
+from graphopt.backends.tensorrt import flavours
+from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
+from graphopt.errors import LoweringError
+from graphopt.sources import Source
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed (make env does)"
+)
+LENGTH = 24
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "growing": {"layout": "growing"},
+    "static": {"layout": "static", "max_length": LENGTH, "logits": "last"},
+    "windows": {"layout": "static", "max_length": LENGTH, "window": True},
+}
+
+
+@pytest.fixture(params=["importer of now", "importer of 10.6"])
+def importer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = str(request.param)
+    if name == "importer of 10.6":
+        monkeypatch.setattr(backends, "parsed_ops", lambda flavour: lambda op: op not in flavours._SINCE)
+    return name
+
+
+def model(name: str) -> Source:
+    return small_source(next(animal for animal in ANIMALS if animal.name == name), "eager")
+
+
+def decoder(name: str, layout: str, folder: Path, *steps: dict[str, Any], **options: Any) -> graphopt.Compiled:
+    """``options`` are insert_kv_cache's."""
+    standard = list(TensorRtRtxBackend.standard_passes)
+    after = [step["kind"] for step in standard].index("fuse_attention") + 1
+    cache = {"kind": "insert_kv_cache", **LAYOUTS[layout], **options}
+    own = {"compute_capabilities": ["8.9"], "optimization_level": 0}
+    return graphopt.compile(
+        model(name), folder, passes=[*standard[:after], cache, *standard[after:], *steps],
+        target={"backend": "tensorrt_rtx", "options": own}, dims={"batch": (1, 4), "sequence": (1, LENGTH)},
+    )  # fmt: skip
+
+
+MODELS = {
+    "LlamaForCausalLM": ("static", "growing"),
+    "MistralForCausalLM": ("static", "windows"),
+    "GptOssForCausalLM": ("static", "growing"),
+    "Llama4ForCausalLM": ("static",),
+}
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name, layouts in MODELS.items() for layout in layouts])
+def test_steps_are_eagers_whole_text(name: str, layout: str, importer: str, tmp_path: Path) -> None:
+    """The proof runs ragged rows through a prompt, a chunk on top of it and single tokens."""
+    made = decoder(name, layout, tmp_path / "e")
+    assert made.report.emitted is not None
+    assert made.report.emitted.worst < 1e-4
+    updates = made.report.engine_ops.get("KV_CACHE_UPDATE", 0)
+    caches = sum(name.startswith("past_key_values.") for name in made.manifest.inputs)
+    assert updates == (caches if layout != "growing" and importer == "importer of now" else 0)
+
+
+@pytest.mark.parametrize("layout", ["static", "growing"])
+def test_a_cache_in_half_precision(layout: str, importer: str, tmp_path: Path) -> None:
+    """Attention reads the buffers as they are: no cache is cast."""
+    made = decoder("LlamaForCausalLM", layout, tmp_path / "e", {"kind": "cast"}, dtype="fp16")
+    assert made.report.emitted is not None
+    assert made.report.emitted.holds
+    caches = [spec for name, spec in made.manifest.inputs.items() if name.startswith("past_key_values.")]
+    assert {spec.dtype for spec in caches} == {"f16"}
+    graph = read_graph(tmp_path / "e")
+    for node in graph.nodes:
+        if node.op == "graphopt.attention.default":
+            kinds = {node.args[part].producer.op for part in ("k", "v")}
+            assert kinds == {"graphopt.kv_cache_update.default" if layout == "static" else "aten.cat.default"}
+
+
+def test_a_bias_over_a_buffer_is_refused_by_old_importers(
+    importer: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """ALiBi: a bias of each position."""
+    if importer == "importer of now":
+        assert decoder("BloomForCausalLM", "static", tmp_path / "e").report.emitted is not None
+        return
+    with pytest.raises(LoweringError, match="a bias over the positions of a buffer"):
+        decoder("BloomForCausalLM", "static", tmp_path / "e")
+
+
+def test_int8_caches_are_refused_by_old_importers(importer: str, tmp_path: Path) -> None:
+    ids = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    with pytest.raises(Exception, match="cache") as error:
+        decoder("LlamaForCausalLM", "static", tmp_path / "e", dtype="int8", calibration={"data": data})
+    assert isinstance(error.value, graphopt.errors.GraphoptError)
