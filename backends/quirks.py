@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from packaging.specifiers import SpecifierSet
 
 from graphopt.ir import Node
@@ -40,6 +41,17 @@ def _masked_multi_head_attention(node: Node, form: str) -> bool:
     return form.startswith("multi_head") and node.args.get("key_mask") is not None
 
 
+def _integers_of_attention(node: Node, form: str) -> bool:
+    if node.op != "graphopt.static_linear.default" or form != "integers":
+        return False
+    made = node.args["x"].producer
+    while made is not None and (made.op in _MOVES or made.op == "graphopt.quantize.default"):
+        made = made.operands[0].producer
+    return made is not None and made.op == "graphopt.attention.default" and made.output.type.dtype == torch.float16
+
+
+_MOVES = {f"aten.{name}" for name in ("transpose.int", "reshape.default", "view.default", "permute.default")}
+
 QUIRKS: tuple[Quirk, ...] = (
     Quirk(
         "onnxruntime", "<1.27", _causal_of_unequal_lengths, "rewrite",
@@ -49,6 +61,10 @@ QUIRKS: tuple[Quirk, ...] = (
     Quirk(
         "onnxruntime", "<1.28", _masked_multi_head_attention, "rewrite",
         "MultiHeadAttention with a mask is slower than separate products", "microsoft/onnxruntime#29655",
+    ),
+    Quirk(
+        "tensorrt", ">=10.6,<10.7", _integers_of_attention, "rewrite",
+        "an int8 product of attention's result does not build in fp16: the product stays in fp16", "seen in 10.6 on an H100",
     ),
 )  # fmt: skip
 

@@ -29,11 +29,13 @@ from benchmarks.decoding_sides import ROOT, SideError, Worker, build_genai
 from benchmarks.demo import sts_b_spearman
 from benchmarks.gguf_sides import llama_logits
 from benchmarks.inputs import as_numpy
+from benchmarks.kernels import kernel_table
 from benchmarks.measure import THREADS, Goal, Results, Table, Timing, interleaved, quiet, use_threads
 from benchmarks.minilm import LATENCY_SIZES, engine_run, inputs_of, tokenizer_of, torch_run
 from benchmarks.peers import INPUTS, Export, load, session, write
 from graphopt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from graphopt.eager import eager
+from graphopt.runtime import Decoder
 
 SENTENCES = 512  # that MiniLM is calibrated on
 SPEARMAN, AGAINST_PEERS, AGAINST_PRODUCTS = 0.815, 0.7, 1.6
@@ -47,6 +49,7 @@ STEPS, RUNS = 24, 3
 CALIBRATED = 24  # times 512 tokens, for GPTQ
 
 FP32, STATIC, DYNAMIC = "graphopt fp32", "graphopt int8_static", "graphopt int8_dynamic"
+SMOOTH = "graphopt int8_smooth"
 W8A8, W8 = "graphopt W8A8", "graphopt weights int8"
 RTN, W4 = "graphopt weights int4, nearest", "graphopt weights int4, GPTQ"
 APART = "graphopt weights int4, GPTQ, embedding int8"
@@ -85,6 +88,7 @@ def encoder(results: Results, folder: Path) -> None:
     schemes: dict[str, list[dict[str, Any]]] = {
         FP32: [],
         STATIC: [{"kind": "quantize", "scheme": "int8_static", "calibration": calibration}],
+        SMOOTH: [{"kind": "quantize", "scheme": "int8_smooth", "calibration": {**calibration, "observer": "mse"}}],
         DYNAMIC: [{"kind": "quantize", "scheme": "int8_dynamic"}],
     }
     compiled = {}
@@ -193,7 +197,7 @@ def quality(
         table.add(name, Spearman=scores[name])
     results.tables.append(table)
     int8 = [scores[name] for name in peers if "default" not in name]
-    for name in (STATIC, DYNAMIC):
+    for name in (STATIC, SMOOTH, DYNAMIC):
         results.goals.append(Goal.at_least(f"MiniLM: Spearman of {name}", max(SPEARMAN, *int8), scores[name]))
         share = size_of(compiled[name].folder) / whole
         results.goals.append(Goal.at_most(f"MiniLM: size of {name} / fp32", INT8_SIZE, share))
@@ -224,9 +228,16 @@ def encoder_latency(
         numbers = {f"{size}_{part}": getattr(times[size][name], part) for size in times for part in ("median", "p20")}
         table.add(name, **numbers)
     results.tables.append(table)
+    feeds_of = {f"{b}x{s}": as_numpy(inputs_of(b, s, padded_rows=False)) for b, s in LATENCY_SIZES}
+    results.tables.append(
+        kernel_table(
+            f"{STATIC}: where its time goes",
+            {size: (compiled[STATIC].folder, partial(engine_run, feeds=given)) for size, given in feeds_of.items()},
+        )
+    )
     others = [*peers, "torch.compile bf16"]
     for size, each in times.items():
-        ours = min((STATIC, DYNAMIC), key=lambda name: each[name].median)
+        ours = min((STATIC, SMOOTH, DYNAMIC), key=lambda name: each[name].median)
         best = min(others, key=lambda name: each[name].median)
         row = f"MiniLM at {size}: {ours} / the best peer ({best})"
         results.goals.append(Goal.at_most(row, AGAINST_PEERS, each[ours].median / each[best].median))
@@ -265,6 +276,10 @@ def products(module: torch.nn.Module, tokens: int) -> Call:
 
 
 # SmolLM2
+
+
+def prefill(engine: graphopt.Engine, tokens: Sequence[int]) -> None:
+    Decoder(engine, 1).feed([tokens])
 
 
 def decoder(results: Results, folder: Path) -> None:
@@ -417,6 +432,12 @@ def decoder_speed(
             **{f"{work} ms": each[name].median for work, each in works.items()},
         )  # fmt: skip
     results.tables.append(table)
+    calls = {
+        f"{name}, {length}": (engines[name], partial(prefill, tokens=tokens[:length]))
+        for name in (FP32, W8A8)
+        for length in (PROMPT, LONG_PROMPT)
+    }
+    results.tables.append(kernel_table("SmolLM2's prefill: where its time goes", calls))
     for length in (PROMPT, LONG_PROMPT):
         each = works[f"prefill {length}"]
         row = f"SmolLM2: prefill of {length}, W8A8 / our fp32"

@@ -111,6 +111,8 @@ class Emitter:
         self._nodes: list[ir.Node] = []
         self._functions: dict[Any, ir.Function] = {}
         self._initializers: list[ir.Value] = []
+        #: Faults of the target that forms were passed over for, and where.
+        self.avoided: dict[Quirk, list[str]] = {}
         self._outputs: list[ir.Value] = []
         self._values: dict[Value, ir.Value] = {}
         self._packed: set[Value] = set()
@@ -190,7 +192,7 @@ class Emitter:
 
         def make() -> ir.Value:
             flipped = Weight(weight.type, lambda: weight.load() ^ {4: 0x88, 8: 0x80}[bits])
-            value = self._external(f"{packed.name}.signed", flipped)
+            value = self.external(f"{packed.name}.signed", flipped)
             value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
             return value
 
@@ -291,7 +293,7 @@ class Emitter:
             self._values[value] = self._typed(ir.Value(name=name), value.type)
             inputs.append(self._values[value])
         for name, weight in self.graph.weights.items():
-            self._values[self.graph.value(name)] = self._external(name, weight)
+            self._values[self.graph.value(name)] = self.external(name, weight)
         for node in self.graph.nodes:
             self._lower(node)
         outputs = [self._output(name, value) for name, value in self.graph.outputs.items()]
@@ -335,6 +337,7 @@ class Emitter:
                 raise LoweringError(f"{name}: {fault.text} ({fault.reference})", where=node.where)
             if fault is not None:
                 reasons.append(f"{form}: {fault.text} ({fault.reference})")
+                self.avoided.setdefault(fault, []).append(node.where)
                 continue
             mark = len(self._nodes), len(self._initializers), len(self._journal)
             try:
@@ -405,7 +408,8 @@ class Emitter:
             self._packed.update(node.outputs)
         return packed
 
-    def _external(self, name: str, weight: Weight) -> ir.Value:
+    def external(self, name: str, weight: Weight) -> ir.Value:
+        """A weight as an initializer in the data file."""
         self.weights[name] = weight
         value = self._typed(ir.Value(name=name), weight.type)
         self._initializers.append(value)

@@ -8,7 +8,7 @@ import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Table, Unsupported
 from graphopt.dims import Dim
-from graphopt.ir import Node, Value
+from graphopt.ir import Node, TensorType, Value, Weight
 
 QUANTIZED = Table()
 lowers = QUANTIZED.lowers
@@ -56,7 +56,7 @@ def zeros(e: Emitter, scale: Value, dtype: torch.dtype) -> ir.Value:
 
 
 @lowers("graphopt.static_linear")
-def _static_linear(e: Emitter, node: Node) -> Lowered:
+def static_linear(e: Emitter, node: Node) -> Lowered:
     """Both operands dequantized before a product in float: what readers of Q/DQ make integers of."""
     x, x_scale, weight, scale, bias = (node.args[name] for name in ("x", "x_scale", "weight", "scale", "bias"))
     own = e.op("DequantizeLinear", e.value(x), e.value(x_scale), zeros(e, x_scale, x.type.dtype))
@@ -68,6 +68,24 @@ def _static_linear(e: Emitter, node: Node) -> Lowered:
         ),
     )
     return with_bias(e, product, bias)
+
+
+def static_linear_of_floats(e: Emitter, node: Node) -> Lowered:
+    """The product of what was quantized, by the dequantized weight: for targets that take this one in few bits only."""
+    made, weight, scale = node.args["x"].producer, node.args["weight"], node.args["scale"]
+    if made is None or made.op != "graphopt.quantize.default" or not (e.is_weight(weight) and e.is_weight(scale)):
+        raise Unsupported("an operand that is not quantized here")
+    dtype = node.output.type.dtype
+    numbers, steps = e.graph.weights[weight.name], e.graph.weights[scale.name]
+
+    def floats() -> torch.Tensor:
+        return (numbers.load().float() * steps.load().float().reshape(-1, 1)).to(dtype).T.contiguous()
+
+    shape = weight.type.shape[::-1]
+    own = e.once(
+        ("floats", weight.name), lambda: e.external(f"{weight.name}.floats", Weight(TensorType(dtype, shape), floats))
+    )
+    return with_bias(e, e.op("MatMul", e.value(made.args["x"]), own), node.args["bias"])
 
 
 @lowers("graphopt.dynamic_linear")

@@ -75,6 +75,8 @@ class TensorRtBackend(Backend):
         (folder / PLAN).write_bytes(plan.data)
         digest = hashlib.sha256(plan.data).hexdigest()
         warnings = [f"{self.name}: {each}" for each in plan.warnings]
+        for fault, places in emitter.avoided.items():
+            warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
         return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings)
 
     @classmethod

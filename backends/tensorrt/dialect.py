@@ -10,6 +10,7 @@ import torch
 from graphopt.backends.onnx.attention import Attention, products
 from graphopt.backends.onnx.dialects import OPSET, STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered, Lowering, Unsupported
+from graphopt.backends.onnx.quantized import static_linear, static_linear_of_floats
 from graphopt.backends.quirks import Quirk
 from graphopt.backends.tensorrt.cached import appended, new_rows, without_buffers
 from graphopt.ir import Node, Value
@@ -32,7 +33,10 @@ def tensorrt_dialect(parses: Callable[[str], bool], name: str = "tensorrt", quir
     if not parses("RotaryEmbedding"):
         lowerings["graphopt.rotary_embedding"] = _rotary
     opset = OPSET if parses("RMSNormalization") else OLD_OPSET
-    return Dialect(name, {"": opset}, lowerings, {"graphopt.attention": forms}, quirks)
+    linears = {"integers": static_linear, "floats": static_linear_of_floats}
+    return Dialect(
+        name, {"": opset}, lowerings, {"graphopt.attention": forms, "graphopt.static_linear": linears}, quirks
+    )
 
 
 def _attention(e: Emitter, node: Node) -> Lowered:
