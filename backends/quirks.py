@@ -46,7 +46,7 @@ def _integers_of_attention(node: Node, form: str) -> bool:
         return False
     made = node.args["x"].producer
     while made is not None and (made.op in _MOVES or made.op == "graphopt.quantize.default"):
-        made = made.operands[0].producer
+        made = next(iter(made.operands)).producer
     return made is not None and made.op == "graphopt.attention.default" and made.output.type.dtype == torch.float16
 
 

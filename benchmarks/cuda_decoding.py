@@ -71,11 +71,13 @@ def engine_steps(engine: graphopt.Engine, prompt: list[int]) -> tuple[list[int],
     return tokens, seconds, prefill
 
 
-def torch_steps(module: Any, prompt: list[int], compile_it: bool) -> tuple[list[int], list[float], float]:
+def torch_steps(
+    module: Any, prompt: list[int], compile_it: bool, length: int = LENGTH
+) -> tuple[list[int], list[float], float]:
     """The same with transformers' static cache, the step compiled with CUDA graphs."""
     from transformers import StaticCache
 
-    cache = StaticCache(config=module.config, max_cache_len=LENGTH)
+    cache = StaticCache(config=module.config, max_cache_len=length)
     step: Callable[..., Any] = torch.compile(module, mode="reduce-overhead") if compile_it else module
 
     def run(forward: Callable[..., Any], tokens: list[int], place: int) -> int:

@@ -1,33 +1,52 @@
-"""TensorRT on a GPU: a BERT-large encoder with random weights in fp16, parity and latency beside torch.compile.
+"""TensorRT on a GPU: parity, latency and kernels of a BERT-large encoder in fp16 and int8, and decoding of a Llama of 1B.
 
-    python -m benchmarks.tensorrt_gpu
+    python -m benchmarks.tensorrt_gpu [encoder] [int8] [decode] [--layers 24] [--kernels]
 
-Needs an NVIDIA GPU and TensorRT; nothing is downloaded."""
+Beside torch.compile in the same process and, for the encoder, the plain export of torch built by the same builder. Weights are
+random: nothing is downloaded. Needs an NVIDIA GPU and TensorRT; writes ``results/tensorrt_gpu.{md,json}``."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel
+from rich.console import Console
+from torch import Tensor
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import graphopt
+from benchmarks.cuda_decoding import agreement, engine_steps, torch_steps
+from benchmarks.measure import Goal, Results, Table, summary_table
+from graphopt.backend import no_progress
 from graphopt.backends.tensorrt.backend import TensorRtBackend
+from graphopt.backends.tensorrt.builder import build_plan
+from graphopt.backends.tensorrt.engine import PLAN, Opened, TensorRtEngine, opened_plan
+from graphopt.backends.tensorrt.flavours import TENSORRT
+from graphopt.backends.tensorrt.inspection import kernels_of, layers_of
+from graphopt.backends.tensorrt.options import Options
+from graphopt.dims import Dim
+from graphopt.ir import DimRange, TensorType
 from graphopt.sources import transformers_source
 
-SHAPES = ((1, 128), (8, 128), (32, 128))
-BETWEEN = ((1, 16), (3, 77), (16, 200))
+SHAPES = ((1, 128), (8, 128), (32, 128), (32, 384))
+BETWEEN = ((1, 16), (3, 77), (16, 200))  # sizes that nothing was built for alone
+AGAINST_TORCH = {(1, 128): 0.55, (8, 128): 0.62, (32, 128): 0.75, (32, 384): 0.75}
+INT8_GAIN = {(1, 128): 1.25, (32, 128): 1.3}
+DIMS = {"batch": (1, 32), "sequence": (2, 384)}
+FP16_PARITY, DECODE_GAIN, BANDWIDTH = 5e-3, 1.3, 0.6
+PASTS, ROOM = (128, 2048), 2304
 RUNS = 50
 Call = Callable[[], Any]
 
 
-def inputs_of(batch: int, sequence: int) -> dict[str, torch.Tensor]:
+def inputs_of(batch: int, sequence: int) -> dict[str, Tensor]:
     ids = torch.randint(0, 30000, (batch, sequence), device="cuda")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
@@ -47,43 +66,240 @@ def median_ms(call: Call) -> float:
     return statistics.median(times)
 
 
-def main(layers: int = 24) -> None:
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096)
-    model = BertModel(config).eval()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, TensorRT {TensorRtBackend.versions()}")
-    with tempfile.TemporaryDirectory() as folder:
+# An encoder
+
+
+class Encoder:
+    """A BERT-large with random weights, its engines, and what stands beside them."""
+
+    def __init__(self, layers: int, folder: Path) -> None:
+        torch.manual_seed(0)
+        config = BertConfig(hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096)
+        self.model, self.folder = BertModel(config).eval(), folder
+        self.half = BertModel(config).eval()
+        self.half.load_state_dict(self.model.state_dict())
+        self.half = self.half.half().cuda()
+
+    def compiled(self, name: str, *steps: Mapping[str, Any]) -> graphopt.Compiled:
+        """Our engine: a profile for each shape and one for all sizes."""
         shapes = [{"batch": batch, "sequence": sequence} for batch, sequence in SHAPES]
-        start = time.perf_counter()
-        made = graphopt.compile(
-            transformers_source(model, name="bert-large"),
-            Path(folder) / "engine",
-            passes=[*TensorRtBackend.standard_passes, {"kind": "cast"}],
-            target={"backend": "tensorrt", "options": {"shapes": shapes}},
-            dims={"batch": (1, 32), "sequence": (2, 384)},
-        )
-        parity = made.manifest.report.engine
-        assert parity is not None
-        print(f"compiled in {time.perf_counter() - start:.0f} s; {parity.metric} at least {parity.worst:.6f} of eager")
-        plain = graphopt.load(Path(folder) / "engine")
-        recorded = graphopt.load(Path(folder) / "engine", cuda_graphs=True)
-        model = model.cuda()
-        for batch, sequence in (*SHAPES, *BETWEEN):
-            feeds = inputs_of(batch, sequence)
-            with torch.inference_mode():
-                wanted = model(**feeds).last_hidden_state
-            for engine in (plain, recorded):
-                off = (engine(**feeds)["last_hidden_state"].float() - wanted).abs().max() / wanted.abs().max()
-                print(f"{batch} x {sequence}: relative {float(off):.1e} of fp32 eager")
-        half: Call = torch.compile(model.half(), mode="reduce-overhead")
+        return graphopt.compile(
+            transformers_source(self.model.cpu(), name="bert-large"), self.folder / name,
+            passes=[*TensorRtBackend.standard_passes, *steps],
+            target={"backend": "tensorrt", "options": {"shapes": shapes}}, dims=DIMS,
+        )  # fmt: skip
+
+    def exported(self) -> PlainEngine:
+        """The plain export of the half model, built with the same profiles."""
+        file = self.folder / "plain.onnx"
+        sizes = {"batch": torch.export.Dim("batch", min=1, max=32), "sequence": torch.export.Dim("sequence", max=384)}
+        feeds = inputs_of(2, 16)
+        torch.onnx.export(
+            self.half, (), file, kwargs=feeds, dynamo=True, opset_version=18, verbose=False,
+            dynamic_shapes={name: {0: sizes["batch"], 1: sizes["sequence"]} for name in feeds},
+            output_names=["last_hidden_state", "pooler_output"],
+        )  # fmt: skip
+        return PlainEngine(file, {name: feeds[name].dtype for name in feeds}, {
+            "last_hidden_state": ("batch", "sequence", 1024), "pooler_output": ("batch", 1024)
+        })  # fmt: skip
+
+    def off(self, engine: Call, batch: int, sequence: int) -> float:
+        """The largest difference from fp32 eager, of the output's scale."""
+        feeds = inputs_of(batch, sequence)
+        with torch.inference_mode():
+            wanted = self.model.cuda()(**feeds).last_hidden_state
+            got = engine(**feeds)
+        own = got["last_hidden_state"] if isinstance(got, dict) else got.last_hidden_state
+        return float((own.float() - wanted).abs().max() / wanted.abs().max())
+
+
+class PlainEngine(TensorRtEngine):
+    """An engine of any ONNX file, run as ours are."""
+
+    def __init__(
+        self, file: Path, inputs: Mapping[str, torch.dtype], outputs: Mapping[str, Sequence[str | int]]
+    ) -> None:
+        def type_of(dtype: torch.dtype, shape: Sequence[str | int]) -> TensorType:
+            return TensorType(dtype, tuple(Dim.named(size) if isinstance(size, str) else size for size in shape))
+
+        self.inputs = {name: type_of(dtype, ("batch", "sequence")) for name, dtype in inputs.items()}
+        self.outputs = {name: type_of(torch.float16, shape) for name, shape in outputs.items()}
+        self.dims = {name: DimRange(*bounds) for name, bounds in DIMS.items()}
+        self.folder, self.flavour, self.cuda_graphs = file.parent, TENSORRT, True
+        self.profiles = [{"batch": (b, b, b), "sequence": (s, s, s)} for b, s in SHAPES]
+        plan = build_plan(TENSORRT, file, self.inputs, self.profiles, Options(), {}, no_progress)
+        self._opened: Opened | None = opened_plan(TENSORRT, plan.data, file.parent / PLAN)
+
+
+def encoder(results: Results, layers: int, kernels: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Encoder(layers, Path(folder))
+        made.compiled("fp16", {"kind": "cast"})
+        engine = graphopt.load(Path(folder) / "fp16", cuda_graphs=True)
+        plain = made.exported()
+        parity(results, made, {"fp16": engine, "torch fp16": made.half})
+        fast: Call = torch.compile(made.half, mode="reduce-overhead")
+        table = Table(f"BERT of {layers} layers in fp16, median ms, CUDA graphs on all sides", "batch x sequence")
         for batch, sequence in SHAPES:
             feeds = inputs_of(batch, sequence)
             with torch.inference_mode():
-                peer = median_ms(partial(half, **feeds))
-            one, two = (median_ms(partial(engine, **feeds)) for engine in (plain, recorded))
-            print(
-                f"{batch} x {sequence}: torch {peer:.3f} ms, engine {one:.3f}, in a CUDA graph {two:.3f} ({two / peer:.2f})"
-            )
+                peer = median_ms(partial(fast, **feeds))
+            own, other = median_ms(partial(engine, **feeds)), median_ms(partial(plain, **feeds))
+            size = f"{batch} x {sequence}"
+            table.add(size, torch_compile=peer, plain_export=other, graphopt=own, over_torch=own / peer)
+            results.goals += [
+                Goal.at_most(f"{size}: fp16 / torch.compile", AGAINST_TORCH[batch, sequence], own / peer),
+                Goal.at_most(f"{size}: fp16 / the plain export", 1.0, own / other),
+            ]
+        results.tables.append(table)
+        counts = Table("Kernels of the first profile, by the inspector", "engine")
+        for name, each in (("graphopt fp16", engine), ("plain export", plain)):
+            assert isinstance(each, TensorRtEngine)
+            counts.add(name, **kernels_of(layers_of(TENSORRT.module(), each.opened().engine)))
+            if kernels:
+                results.tables += [slowest(name, each, *size) for size in (SHAPES[0], SHAPES[2])]
+        results.tables.append(counts)
+
+
+def int8(results: Results, layers: int, kernels: bool) -> None:
+    """Against our fp16, in the same process."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Encoder(layers, Path(folder))
+        data = [{name: tensor.cpu() for name, tensor in inputs_of(4, 64).items()}]
+        quantize = {"kind": "quantize", "scheme": "int8_static", "embeddings": False, "calibration": {"data": data}}
+        made.compiled("fp16", {"kind": "cast"})
+        report = made.compiled("int8", {"kind": "cast"}, quantize).report
+        half, whole = (graphopt.load(Path(folder) / name, cuda_graphs=True) for name in ("fp16", "int8"))
+        parity(results, made, {"int8": whole})
+        table = Table(f"BERT of {layers} layers in int8, median ms", "batch x sequence")
+        table.notes += report.warnings
+        for batch, sequence in SHAPES:
+            feeds = inputs_of(batch, sequence)
+            one, other = median_ms(partial(half, **feeds)), median_ms(partial(whole, **feeds))
+            table.add(f"{batch} x {sequence}", fp16=one, int8=other, gain=one / other)
+            if (batch, sequence) in INT8_GAIN:
+                goal = INT8_GAIN[batch, sequence]
+                results.goals.append(Goal.at_least(f"{batch} x {sequence}: int8 over our fp16", goal, one / other))
+        results.tables.append(table)
+        if kernels:
+            assert isinstance(whole, TensorRtEngine)
+            results.tables += [slowest("int8", whole, *size) for size in (SHAPES[0], SHAPES[2])]
+
+
+def parity(results: Results, made: Encoder, engines: Mapping[str, Call]) -> None:
+    table = Table("Largest difference from fp32 eager, of the output's scale", "batch x sequence")
+    worst: dict[str, float] = defaultdict(float)
+    for batch, sequence in (*SHAPES, *BETWEEN):
+        cells = {name: made.off(engine, batch, sequence) for name, engine in engines.items()}
+        worst |= {name: max(worst[name], cell) for name, cell in cells.items()}
+        table.add(f"{batch} x {sequence}", **cells)
+    results.tables.append(table)
+    if "fp16" in worst:
+        results.goals.append(Goal.at_most("fp16: largest difference from eager", FP16_PARITY, worst["fp16"]))
+
+
+def slowest(name: str, engine: TensorRtEngine, batch: int, sequence: int, rows: int = 30) -> Table:
+    """The layers that take longest, by TensorRT's own profiler."""
+    trt = TENSORRT.module()
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, float] = defaultdict(float)
+
+        def report_layer_time(self, layer: str, milliseconds: float) -> None:
+            self.times[layer] += milliseconds
+
+    env = {"batch": batch, "sequence": sequence}
+    context, profiler, feeds = engine.context_for(env), Profiler(), inputs_of(batch, sequence)
+    context.profiler = profiler
+    for _ in range(RUNS):
+        engine.enqueue(feeds, env, {})
+        torch.cuda.synchronize()
+    table = Table(f"{name}, {batch} x {sequence}: the longest of {len(profiler.times)} layers", "layer")
+    for layer, milliseconds in sorted(profiler.times.items(), key=lambda item: -item[1])[:rows]:
+        table.add(layer[:120], us=1000 * milliseconds / RUNS)
+    return table
+
+
+# Decoding
+
+
+def decoder_passes() -> list[dict[str, Any]]:
+    """A static cache in half precision, behind the attention's fusion."""
+    standard = [dict(step) for step in TensorRtBackend.standard_passes]
+    after = [step["kind"] for step in standard].index("fuse_attention") + 1
+    cache = {"kind": "insert_kv_cache", "layout": "static", "max_length": ROOM, "logits": "last", "dtype": "fp16"}
+    return [*standard[:after], cache, *standard[after:], {"kind": "cast"}]
+
+
+def decode(results: Results) -> None:
+    """A Llama of 1B at a batch of 1: greedy tokens, milliseconds of a step."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=500000.0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    one = {"batch": (1, 1, 1)}
+    profiles = [{**one, "sequence": (1, 1, 1)}, {**one, "sequence": (1, 512, ROOM)}]
+    table = Table("Llama of 1B in fp16, a batch of 1", "past")
+    with tempfile.TemporaryDirectory() as folder:
+        graphopt.compile(
+            transformers_source(model, name="llama-1b"), Path(folder) / "engine", passes=decoder_passes(),
+            target={"backend": "tensorrt", "options": {"profiles": profiles}},
+            dims={"batch": (1, 2), "sequence": (1, ROOM)}, force=True,
+        )  # fmt: skip
+        engine = graphopt.load(Path(folder) / "engine")
+        half = model.half().cuda()
+        weights = sum(parameter.nbytes for parameter in half.parameters())
+        copied = copy_bandwidth()
+        for past in PASTS:
+            prompt = torch.randint(0, config.vocab_size, (past,)).tolist()
+            tokens, seconds, _ = engine_steps(engine, prompt)
+            _, peer, _ = torch_steps(half, prompt, True, ROOM)
+            own, other = statistics.median(seconds), statistics.median(peer[3:])
+            equal, gap = agreement(half, tokens, prompt)
+            table.add(
+                str(past), torch_ms=1000 * other, graphopt_ms=1000 * own, tokens_a_second=1 / own, gain=other / own,
+                TB_a_second=weights / own / 1e12, of_a_copy=weights / own / copied, tokens_of_eager=equal, widest_gap=gap,
+            )  # fmt: skip
+            results.goals += [
+                Goal.at_least(f"decode after {past}: over torch.compile", DECODE_GAIN, other / own),
+                Goal.at_least(f"decode after {past}: of the copy bandwidth", BANDWIDTH, weights / own / copied),
+            ]
+    results.tables.append(table)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (median_ms(lambda: target.copy_(source)) / 1000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tensorrt_gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="*", choices=[[], "encoder", "int8", "decode"], help="all by default")
+    parser.add_argument("--layers", type=int, default=24, help="of the encoder")
+    parser.add_argument("--kernels", action="store_true", help="the slowest layers as well")
+    asked = parser.parse_args()
+    results = Results("tensorrt_gpu")
+    gpu = torch.cuda.get_device_name()
+    results.environment |= {"GPU": gpu, "CUDA": torch.version.cuda, "TensorRT": TENSORRT.version()}
+    parts: dict[str, Call] = {
+        "encoder": partial(encoder, results, asked.layers, asked.kernels),
+        "int8": partial(int8, results, asked.layers, asked.kernels),
+        "decode": partial(decode, results),
+    }
+    console = Console(width=160)
+    for name in asked.part or parts:
+        shown = len(results.tables)
+        parts[name]()
+        for table in results.tables[shown:]:
+            table.show(console)
+    summary_table(results.goals).show(console)
+    results.write()
 
 
 if __name__ == "__main__":

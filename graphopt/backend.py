@@ -34,13 +34,15 @@ def no_progress(what: str, share: float) -> None:
 
 @dataclass
 class Built:
-    """What a build left in the folder: sha256 by file name, ops of the engine, tactics taken, things to tell the user."""
+    """What a build left in the folder: sha256 by file name, ops of the engine, tactics taken, things to tell the user, and
+    what kernels the engine has where that can be seen."""
 
     files: dict[str, str] = field(default_factory=dict)
     weights_digest: str = ""
     ops: dict[str, int] = field(default_factory=dict)
     tactics: list[TacticReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    kernels: dict[str, int] = field(default_factory=dict)
 
 
 class Backend(ABC):
@@ -55,8 +57,13 @@ class Backend(ABC):
 
     def options_as(self, schema: type[S]) -> S:
         """``target.options``, read. PipelineError names the one that is wrong."""
+        return self.options_of(self.target.options, schema)
+
+    @staticmethod
+    def options_of(options: Mapping[str, Any], schema: type[S]) -> S:
+        """Options of a target, read. PipelineError names the one that is wrong."""
         try:
-            return schema(**self.target.options)
+            return schema(**options)
         except ValidationError as error:
             raise PipelineError(validation_message(error, schema.model_fields), where="target.options") from error
 

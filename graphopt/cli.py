@@ -54,6 +54,7 @@ def compile(
     out.print(show.layers_table(compiled.report))
     out.print(show.sensitivity_table(compiled.report))
     out.print(show.refusals_table(compiled.report))
+    out.print(show.remarks(compiled.report))
     out.print(f"[bold green]written[/] {show.escape(str(output))}", show.escape(repr(compiled.engine)), highlight=False)
 
 

@@ -190,6 +190,8 @@ def _compile(
         report = manifest.report.model_copy(update={**checked, "seconds": build.seconds, "warnings": warnings})
         manifest = artifact.write_manifest(folder, manifest.model_copy(update={"report": report}))
         engine.manifest = manifest
+    if reason is not None:
+        engine = artifact.loaded(out, manifest)  # it was never opened, and the folder has moved
     return Compiled(out, engine, manifest)
 
 
@@ -321,7 +323,8 @@ def _manifest(
     refusals = [refusal for step in reports for refusal in step.refusals]
     report = BuildReport(
         trace=traced, traced_ops=traced_ops, final_ops=graph.op_counts(), passes=reports,
-        attentions=attentions.table(graph, refusals), tactics=built.tactics, engine_ops=built.ops, warnings=built.warnings,
+        attentions=attentions.table(graph, refusals), tactics=built.tactics, engine_ops=built.ops, kernels=built.kernels,
+        warnings=built.warnings,
     )  # fmt: skip
     return Manifest(
         graphopt=version("graphopt"),

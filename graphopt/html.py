@@ -94,6 +94,7 @@ def _page(manifest: Manifest) -> Page:
         weights=_weights(report.passes),
         engine_ops=[(op, count_text(times)) for op, times in by_count(report.engine_ops)],
         engine_total=count_text(sum(report.engine_ops.values())),
+        kernels=[(name, count_text(count)) for name, count in report.kernels.items()],
         tactics=[_tactic(tactic) for tactic in report.tactics],
         warnings=report.warnings,
         parts=_parts(report.seconds),

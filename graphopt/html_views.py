@@ -250,6 +250,7 @@ class Page:
     weights: list[Change]
     engine_ops: list[tuple[str, str]]
     engine_total: str
+    kernels: list[tuple[str, str]]
     tactics: list[Tactic]
     warnings: list[str]
     parts: list[Part]

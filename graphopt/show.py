@@ -120,6 +120,14 @@ def refusals_table(report: BuildReport) -> RenderableType:
     return table
 
 
+def remarks(report: BuildReport) -> RenderableType:
+    """What the engine's kernels are, where they can be seen, and what the user is told of it."""
+    lines = [f"[yellow]note[/] {escape(warning)}" for warning in report.warnings]
+    if report.kernels:
+        lines.insert(0, "kernels: " + escape(", ".join(f"{count} {name}" for name, count in report.kernels.items())))
+    return Text.from_markup("\n".join(lines)) if lines else NOTHING
+
+
 def layers_table(report: BuildReport) -> RenderableType:
     """What layers compute in after passes that change that; the manifest and report.html name every one."""
     if not any(step.layers for step in report.passes):

@@ -9,7 +9,7 @@
 
 Linears, products, convolutions, attention and table look-ups compute in ``dtype``; norms, softmax, exponentials, logarithms,
 roots, sums and everything that depends on positions alone (rotary angles, masks) stay in fp32; other ops take the wider of what
-they are given. Inputs and outputs keep their dtypes.
+they are given. Inputs and outputs keep their dtypes. With ``norms: half`` norms are such other ops.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ _HIGH = frozenset({
     "aten.reciprocal", "aten.sum", "aten.mean", "aten.var", "aten.std", "aten.var_mean", "aten.cumsum", "aten.prod",
     "aten.cumprod", "aten.norm", "aten.linalg_vector_norm", "aten.softplus", "aten.sin", "aten.cos", "aten.tan",
 })  # fmt: skip
+#: Their kernels compute in fp32 whatever they read and write.
+_NORMS = frozenset({
+    "aten.layer_norm", "aten.rms_norm", "aten.group_norm", "graphopt.add_layer_norm", "graphopt.add_rms_norm",
+})  # fmt: skip
 _CASTS = frozenset({"aten.to", "aten._to_copy"})
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,6 +55,9 @@ class Cast(Pass):
     dtype: Literal["fp16", "bf16"] = "fp16"
     keep: tuple[str, ...] = ()
     """The paths of modules that stay in fp32 as well, with ``*`` and ``?``."""
+    norms: Literal["fp32", "half"] = "fp32"
+    """What norms, and the sums before them, read and write. ``half``: ``dtype``, where they are given nothing wider, so that the
+    stream of residuals takes half the memory; they compute in fp32 all the same, and sums of residuals are rounded."""
     budget: Budget = Budget(metric="cosine", limit=0.999)
     """How far the outputs may go from eager's."""
 
@@ -68,14 +75,17 @@ class Cast(Pass):
                     raise PassError(
                         f"no module matches {pattern!r}", where=self.kind, hint=nearest(pattern, context.modules)
                     )
-        return _Caster(graph, _DTYPES[self.dtype], self.keep, context).run()
+        high = _HIGH - _NORMS if self.norms == "half" else _HIGH
+        return _Caster(graph, _DTYPES[self.dtype], self.keep, high, context).run()
 
 
 class _Caster:
     """Writes each node anew on operands of the dtype that it is to compute in."""
 
-    def __init__(self, graph: Graph, dtype: torch.dtype, keep: tuple[str, ...], context: Context) -> None:
-        self.graph, self.dtype, self.keep, self.context = graph, dtype, keep, context
+    def __init__(
+        self, graph: Graph, dtype: torch.dtype, keep: tuple[str, ...], high: frozenset[str], context: Context
+    ) -> None:
+        self.graph, self.dtype, self.keep, self.high, self.context = graph, dtype, keep, high, context
         self.now: dict[Value, Value] = {}  # what stands for a value of before
         self.positional = _of_positions(graph)
         self.casts: dict[tuple[str, torch.dtype], Value] = {}
@@ -123,7 +133,7 @@ class _Caster:
         floats = [operand for operand in node.operands if operand.type.dtype == torch.float32]
         if not floats or packet in _CASTS:
             return None
-        if packet in _HIGH or packet.startswith("graphopt.quant") or self._is_kept(node) or self._overflows(node):
+        if packet in self.high or packet.startswith("graphopt.quant") or self._is_kept(node) or self._overflows(node):
             return torch.float32
         told = [operand for operand in floats if operand not in self.positional and not self._is_weight(operand)]
         if packet in _LOW:

@@ -34,7 +34,7 @@ class TargetConfig(Schema):
     """What to build for. ``options`` are the backend's own: see ``graphopt doctor``."""
 
     backend: str = "onnxruntime"
-    provider: Literal["cpu", "cuda"] = "cpu"
+    provider: Literal["cpu", "cuda", "tensorrt", "tensorrt_rtx"] = "cpu"
     tactics: Literal["timed", "fixed"] = "timed"
     threads: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)

@@ -219,6 +219,8 @@ class BuildReport(Schema):
     """Of the model that the engine was built of, where the engine itself cannot run."""
     engine: StageParity | None = None
     engine_ops: dict[str, int] = Field(default_factory=dict)
+    kernels: dict[str, int] = Field(default_factory=dict)
+    """What the engine's inspector counts: products by precision, fused attentions, sparse products."""
     warnings: list[str] = Field(default_factory=list)
     seconds: dict[str, float] = Field(default_factory=dict)
 

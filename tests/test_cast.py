@@ -172,12 +172,15 @@ def wrong(reason: str, *values: Any) -> Any:
 NEAR = [(name, dtype) for name in MODELS for dtype in ("fp16", "bf16")]
 
 
+@pytest.mark.parametrize("norms", ["fp32", "half"])
 @pytest.mark.parametrize(("name", "dtype"), NEAR)
-def test_models_stay_near_eager(name: str, dtype: str) -> None:
+def test_models_stay_near_eager(name: str, dtype: str, norms: str) -> None:
     """On probes with padding, at sizes that were not traced."""
     before, proof = prepared(name)
     limit = 0.999 if dtype == "fp16" else 0.99
-    graph, report = cast_model(name, dtype=dtype, budget={"metric": "cosine", "limit": limit})
+    graph, report = cast_model(name, dtype=dtype, norms=norms, budget={"metric": "cosine", "limit": limit})
+    kept = {node.outputs[0].type.dtype for node in graph.nodes if "_norm" in node.op}
+    assert (torch.float32 in kept) == (norms == "fp32" and name != "eager llama")  # whose norms are spelled
     assert report.parity is not None
     assert report.parity.holds
     assert len({tuple(probe.sizes.items()) for probe in proof.first(2).probes}) == 2
@@ -286,6 +289,38 @@ NORMED_AFTER = f"""{HEAD}
     output again = %to_2
     output e = %e
 """
+
+
+INNER = f"""{HEAD}
+    weight %n.weight: f32[8]
+    weight %a.weight: f32[8, 8]
+    %h = aten.linear.default(input=%x, weight=%a.weight)
+    %n = aten.rms_norm.default(input=%h, normalized_shape=[8], weight=%n.weight)
+    %m = aten.rms_norm.default(input=%x, normalized_shape=[8], weight=%n.weight)
+    %y = aten.linear.default(input=%n, weight=%a.weight)
+    output y = %y
+    output m = %m
+"""
+INNER_AFTER = f"""{HEAD}
+    weight %n.weight: f32[8]
+    weight %a.weight.f16: f16[8, 8]
+    weight %n.weight.f16: f16[8]
+    %to = aten.to.dtype(self=%x, dtype=f16)
+    %h = aten.linear.default(input=%to, weight=%a.weight.f16)
+    %n = aten.rms_norm.default(input=%h, normalized_shape=[8], weight=%n.weight.f16)
+    %m = aten.rms_norm.default(input=%x, normalized_shape=[8], weight=%n.weight)
+    %y = aten.linear.default(input=%n, weight=%a.weight.f16)
+    %to_1 = aten.to.dtype(self=%y, dtype=f32)
+    output y = %to_1
+    output m = %m
+"""
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_norms_in_half_precision_where_nothing_is_wider(dtype: str) -> None:
+    expected = program(INNER_AFTER.replace("f16", {"fp16": "f16", "bf16": "bf16"}[dtype]))
+    got = apply_pass(INNER, cast(dtype=dtype, norms="half"), Context()).text
+    assert got == expected, difference(expected, got)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

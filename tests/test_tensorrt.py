@@ -7,16 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 
+import graphopt
+from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.onnxruntime.backend import OnnxRuntimeBackend
+from graphopt.backends.onnxruntime.engine import PROVIDERS, shape_options
+from graphopt.backends.quirks import quirks_in_force
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBackend
 from graphopt.backends.tensorrt.dialect import OLD_OPSET, tensorrt_dialect
 from graphopt.backends.tensorrt.options import Options, Profile, nearest_profile, profiles_of, shapes_in
 from graphopt.errors import MissingBackendError, PipelineError
-from graphopt.ir import Graph
+from graphopt.ir import Graph, Weight
 from graphopt.schemas.pipeline import TargetConfig
+from graphopt.sources import Source
 from tests.onnx_helpers import assert_same, emit, run_onnxruntime
 from tests.rules import inputs_of, load, program
 
@@ -176,3 +183,90 @@ def test_without_the_library_graphs_are_still_emitted(
         own.build(graph, tmp_path)
     assert "pip install" in str(error.value.hint)
     assert list(tmp_path.iterdir()) == []
+
+
+# A fault of 10.6
+
+
+INT8 = """
+    input %q: f16[batch, 2, sequence, 8]
+    input %s: f16[batch, sequence, 16]
+    weight %w: i8[4, 16]
+    weight %u: f16[4]
+    weight %t: f16[]
+    %a: f16[batch, 2, sequence, 8] = graphopt.attention.default(q=%q, k=%q, v=%q, scale=0.5)
+    %b: f16[batch, sequence, 2, 8] = aten.transpose.int(self=%a, dim0=1, dim1=2)
+    %c: f16[batch, sequence, 16] = aten.reshape.default(self=%b, shape=[batch, sequence, 16])
+    %n: i8[batch, sequence, 16] = graphopt.quantize.default(x={0}, scale=%t)
+    %y: f16[batch, sequence, 4] = graphopt.static_linear.default(x=%n, x_scale=%t, weight=%w, scale=%u, bias=None)
+    output y = %y
+    output c = %c
+"""
+
+
+@pytest.mark.parametrize(("x", "version", "floats"), [("%c", "10.6.0", 1), ("%s", "10.6.0", 0), ("%c", "10.9.0", 0)])
+def test_products_of_attention_stay_in_half_precision_in_10_6(x: str, version: str, floats: int) -> None:
+    dialect = tensorrt_dialect(lambda op: op not in flavours._SINCE, "tensorrt", quirks_in_force("tensorrt", version))
+    emitter = Emitter(graph_of(INT8.format(x)), dialect)
+    assert (emitter.used_forms.get("floats", 0), emitter.used_forms.get("integers", 0)) == (floats, 1 - floats)
+    assert [len(places) for places in emitter.avoided.values()] == [1] * floats
+    ops = [node.op_type for node in emitter.model.graph]
+    assert ops.count("DequantizeLinear") == 2 * (1 - floats)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_product_in_half_precision_is_of_what_was_quantized(sizes: Mapping[str, int]) -> None:
+    """By weights that are whole numbers of steps, of inputs that are: both forms are the same."""
+    graph = graph_of(INT8.format("%s"))
+    graph.weights["w"] = Weight.of(torch.arange(-32, 32, dtype=torch.int8).reshape(4, 16))
+    graph.weights["u"] = Weight.of(torch.tensor([0.5, 0.25, 1.0, 2.0], dtype=torch.float16))
+    graph.weights["t"] = Weight.of(torch.tensor(0.5, dtype=torch.float16))
+    inputs = inputs_of(graph, sizes)
+    inputs["s"] = (inputs["s"] * 4).round().clamp(-8, 8) / 2
+    model = emit(graph, OLD, form="floats")
+    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-2)
+
+
+# TensorRT inside onnxruntime
+
+
+def test_onnxruntimes_providers_are_told_the_sizes() -> None:
+    graph = graph_of(NORM)
+    inputs = {name: value.type for name, value in graph.inputs.items()}
+    assert shape_options("cpu", inputs, graph.dims) == {}
+    assert shape_options("tensorrt", inputs, graph.dims) == {
+        "trt_profile_min_shapes": "x:1x1x8,r:1x1x8",
+        "trt_profile_opt_shapes": "x:1x64x8,r:1x64x8",
+        "trt_profile_max_shapes": "x:4x64x8,r:4x64x8",
+    }
+    assert shape_options("tensorrt_rtx", inputs, graph.dims)["nv_profile_max_shapes"] == "x:4x64x8,r:4x64x8"
+
+
+@pytest.mark.parametrize("provider", ["tensorrt", "tensorrt_rtx"])
+def test_a_provider_that_this_onnxruntime_has_not(provider: str, tmp_path: Path) -> None:
+    wanted = PROVIDERS[provider]
+    if wanted in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has {wanted}")
+    with pytest.raises(MissingBackendError, match=f"this onnxruntime has no {wanted}"):
+        graphopt.compile(torch_linear(), tmp_path / "e", target={"provider": provider}, dims={"batch": (1, 4)})
+    assert not (tmp_path / "e").exists()
+
+
+def torch_linear() -> Source:
+    return Source(torch.nn.Linear(4, 4).eval(), {"input": torch.ones(2, 4)}, {"input": ("batch", None)})
+
+
+def test_onnxruntimes_providers_write_no_cache_in_place() -> None:
+    body = """
+    dim batch in [1, 4]
+    dim sequence in [1, 8]
+    input %input_ids: i64[batch, sequence]
+    input %past_key_values.0.key: f32[batch, 1, 8, 4]
+    input %past_lengths: i64[batch]
+    input %new: f32[batch, 1, sequence, 4]
+    %k: f32[batch, 1, 8, 4] = graphopt.kv_cache_update.default(cache=%past_key_values.0.key, new=%new, starts=%past_lengths)
+    output present.0.key = %k
+    """
+    backend = OnnxRuntimeBackend(TargetConfig(provider="tensorrt", tactics="fixed"))
+    with pytest.raises(PipelineError, match="writes no cache in place"):
+        backend.build(load(program(body)), Path("nowhere"))

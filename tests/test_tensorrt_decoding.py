@@ -16,7 +16,14 @@ from graphopt.artifact import read_graph
 from graphopt.backends.tensorrt import backend as backends
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
+from graphopt.decode_parity import decode_parity
 from graphopt.errors import LoweringError
+from graphopt.ir import Graph
+from graphopt.pipeline import Pass
+from graphopt.runtime import Decoder
+from graphopt.runtime.engine import Engine
+from graphopt.schemas.pipeline import TargetConfig
+from graphopt.schemas.report import PassReport
 from graphopt.sources import Source
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +49,20 @@ def model(name: str) -> Source:
     return small_source(next(animal for animal in ANIMALS if animal.name == name), "eager")
 
 
-def decoder(name: str, layout: str, folder: Path, *steps: dict[str, Any], **options: Any) -> graphopt.Compiled:
+class Last:
+    """Keeps the graph that passes made."""
+
+    graph: Graph
+
+    def before(self, step: Pass, graph: Graph) -> None: ...
+
+    def after(self, step: Pass, graph: Graph, report: PassReport) -> None:
+        self.graph = graph
+
+
+def decoder(
+    name: str, layout: str, folder: Path, *steps: dict[str, Any], watch: Last | None = None, **options: Any
+) -> graphopt.Compiled:
     """``options`` are insert_kv_cache's."""
     standard = list(TensorRtRtxBackend.standard_passes)
     after = [step["kind"] for step in standard].index("fuse_attention") + 1
@@ -51,6 +71,7 @@ def decoder(name: str, layout: str, folder: Path, *steps: dict[str, Any], **opti
     return graphopt.compile(
         model(name), folder, passes=[*standard[:after], cache, *standard[after:], *steps],
         target={"backend": "tensorrt_rtx", "options": own}, dims={"batch": (1, 4), "sequence": (1, LENGTH)},
+        instruments=[watch] if watch else [],
     )  # fmt: skip
 
 
@@ -105,3 +126,64 @@ def test_int8_caches_are_refused_by_old_importers(importer: str, tmp_path: Path)
     with pytest.raises(Exception, match="cache") as error:
         decoder("LlamaForCausalLM", "static", tmp_path / "e", dtype="int8", calibration={"data": data})
     assert isinstance(error.value, graphopt.errors.GraphoptError)
+
+
+# The runtime, with onnxruntime in the engine's place
+
+
+@pytest.fixture
+def stand_in(importer: str, layout: str, tmp_path: Path) -> Engine:
+    watch = Last()
+    made = decoder("MistralForCausalLM", layout, tmp_path / "e", watch=watch)
+    found = TensorRtRtxBackend(TargetConfig(backend="tensorrt_rtx")).stand_in(watch.graph, made.engine)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_tokens_are_eagers(stand_in: Engine) -> None:
+    """Rows of different lengths in one batch."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 99, (count,), generator=generator).tolist() for count in (5, 2, 7)]
+    parity = decode_parity(model("MistralForCausalLM").module, stand_in, prompts, steps=10)
+    assert [row.equal for row in parity.rows] == [10, 10, 10]
+    assert parity.worst_drift < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["static", "growing"])
+def test_rows_may_leave(stand_in: Engine) -> None:
+    ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        whole = model("MistralForCausalLM").module(input_ids=ids).logits
+    texts = Decoder(stand_in, 3)
+    texts.feed(ids[:, :6].tolist())
+    texts.select(torch.tensor([2, 0]))
+    logits = texts.feed(ids[[2, 0], 6:9].tolist())
+    torch.testing.assert_close(logits, whole[[2, 0], 8], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["static"])
+def test_buffers_stay_where_they_are(stand_in: Engine) -> None:
+    cache = stand_in.new_cache(2)
+    before = {name: tensor.data_ptr() for name, tensor in cache.tensors.items()}
+    for past in (0, 3, 4):
+        width = 3 if past == 0 else 1
+        feeds = {"input_ids": torch.full((2, width), 7), "past_lengths": torch.tensor([past, past])}
+        cache.step(feeds | ({"new_lengths": torch.tensor([width, width])} if "new_lengths" in stand_in.inputs else {}))
+    assert {name: tensor.data_ptr() for name, tensor in cache.tensors.items()} == before
+    filled = next(iter(cache.tensors.values())).abs().sum((1, 3)) > 0
+    assert filled.tolist() == [[place < 5 for place in range(LENGTH)]] * 2
+
+
+@pytest.mark.parametrize("layout", ["static"])
+def test_a_whole_cache_goes_in_and_comes_out(stand_in: Engine) -> None:
+    """The engine called as a function."""
+    given = stand_in.cache_layout.empty(1)
+    feeds = {"input_ids": torch.tensor([[5, 6, 7]]), "past_lengths": torch.tensor([0])}
+    feeds |= {"new_lengths": torch.tensor([3])} if "new_lengths" in stand_in.inputs else {}
+    results = stand_in(**feeds, **given)
+    for past, present in stand_in.cache_layout.names.items():
+        assert results[present].shape == given[past].shape
+        assert not given[past].any()  # what was given stays as it was
+        assert results[present][:, :, :3].any()
+        assert not results[present][:, :, 3:].any()

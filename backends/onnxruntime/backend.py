@@ -10,20 +10,24 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from graphopt.backend import Backend, Built, Progress, no_progress
 from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, op_counts, write_model
-from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.onnx.emitter import Dialect, Emitter
 from graphopt.backends.onnx.weights import embed
 from graphopt.backends.onnxruntime.dialect import onnxruntime_dialect
-from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, make_session, onnxruntime
+from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, make_session, onnxruntime, shape_options
 from graphopt.backends.onnxruntime.tactics import Tuner, cpu_features, tuning_sizes
 from graphopt.backends.quirks import faults_in_force
+from graphopt.backends.tensorrt.dialect import tensorrt_dialect
+from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, parsed_ops
 from graphopt.errors import BackendError, PipelineError
 from graphopt.ir import Graph, Node
 from graphopt.models import cache_folder
 from graphopt.pipeline import Stopwatch
+from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
 from graphopt.schemas.common import Schema
 from graphopt.schemas.manifest import Manifest
@@ -31,9 +35,11 @@ from graphopt.schemas.pipeline import TargetConfig
 
 
 class Options(Schema):
-    """``target.options`` of this backend. ``tune``: the sizes that tactics are timed at."""
+    """``target.options`` of this backend. ``tune``: the sizes that tactics are timed at; ``provider_options``: what onnxruntime
+    gives its provider, by its own names."""
 
     tune: list[dict[str, int]] | None = None
+    provider_options: dict[str, str] = Field(default_factory=dict)
 
 
 #: Ops of the graph that are to be products of integers, and what they are in the model that onnxruntime runs.
@@ -76,8 +82,18 @@ def tactics_file() -> Path:
     return cache_folder() / "tactics.json"
 
 
+_TENSORRT = {"tensorrt": TENSORRT, "tensorrt_rtx": RTX}
+
+
+def _dialect(provider: str) -> Dialect:
+    """Of onnxruntime's own kernels, or what TensorRT's importer takes where that is the provider."""
+    if provider in _TENSORRT:
+        return tensorrt_dialect(parsed_ops(_TENSORRT[provider]), provider)
+    return onnxruntime_dialect(onnxruntime().__version__)
+
+
 class OnnxRuntimeBackend(Backend):
-    """ONNX Runtime on CPU or CUDA."""
+    """ONNX Runtime on CPU, CUDA, TensorRT or TensorRT-RTX, as far as the installed package has them."""
 
     name: ClassVar[str] = "onnxruntime"
     standard_passes = (*STANDARD_PASSES[:-2], {"kind": "merge_linears", "allow_no_match": True}, *STANDARD_PASSES[-2:])
@@ -85,7 +101,7 @@ class OnnxRuntimeBackend(Backend):
     def __init__(self, target: TargetConfig) -> None:
         super().__init__(target)
         self.options = self.options_as(Options)
-        self.dialect = onnxruntime_dialect(onnxruntime().__version__)
+        self.dialect = _dialect(target.provider)
         self._tuner: Tuner | None = None
 
     @classmethod
@@ -101,6 +117,13 @@ class OnnxRuntimeBackend(Backend):
         return self._tuner
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
+        layout = layout_of(graph)
+        if self.target.provider in _TENSORRT and layout is not None and layout.max_length is not None:
+            raise PipelineError(
+                f"provider: {self.target.provider} writes no cache in place",
+                where="target.provider",
+                hint="take backend: tensorrt, or layout: growing",
+            )
         progress("tactics", 0.0)
         self.stopwatch(graph)
         if self._tuner is not None:
@@ -120,15 +143,21 @@ class OnnxRuntimeBackend(Backend):
         threads = options.pop("threads", None) or target.get("threads")
         if options:
             raise PipelineError(f"the onnxruntime engine has no option {', '.join(options)}", hint="provider, threads")
-        return OnnxRuntimeEngine(folder, manifest, MODEL, provider, threads)
+        own = cls.options_of(target.get("options", {}), Options).provider_options
+        return OnnxRuntimeEngine(folder, manifest, MODEL, provider, threads, own)
 
     def inner_values(
         self, graph: Graph, names: Sequence[str]
     ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
         emitter = Emitter(graph, self.dialect, self._tuner.choose if self._tuner else lambda node: None, show=names)
         embed(emitter)
+        inputs = {name: value.type for name, value in graph.inputs.items()}
+        options = {**shape_options(self.target.provider, inputs, graph.dims), **self.options.provider_options}
         session = make_session(
-            ir.to_proto(emitter.model).SerializeToString(), self.target.provider, self.target.threads
+            ir.to_proto(emitter.model).SerializeToString(),
+            self.target.provider,
+            self.target.threads,
+            provider_options=options,
         )
 
         def run(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

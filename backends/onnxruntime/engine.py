@@ -11,13 +11,20 @@ import torch
 
 from graphopt.backend import missing
 from graphopt.backends.onnxruntime.bound_cache import BoundCache, running
+from graphopt.backends.tensorrt.options import Options, profiles_of, shapes_in
 from graphopt.errors import BackendError, MissingBackendError
+from graphopt.ir import DimRange, TensorType
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
 from graphopt.runtime.kv_cache import KvCache
 from graphopt.schemas.manifest import Manifest
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt_rtx": "NvTensorRTRTXExecutionProvider",
+}
 
 
 def onnxruntime() -> Any:
@@ -30,9 +37,14 @@ def onnxruntime() -> Any:
 
 
 def make_session(
-    model: bytes | Path, provider: str = "cpu", threads: int | None = None, optimized: Path | None = None
+    model: bytes | Path,
+    provider: str = "cpu",
+    threads: int | None = None,
+    optimized: Path | None = None,
+    provider_options: Mapping[str, str] | None = None,
 ) -> Any:
-    """A session on one provider; ``optimized``: where to write the model that it runs.
+    """A session on one provider; ``optimized``: where to write the model that it runs; ``provider_options`` as onnxruntime
+    has them.
 
     BackendError if onnxruntime refuses the model or would run part of it elsewhere."""
     ort = onnxruntime()
@@ -52,7 +64,8 @@ def make_session(
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=[wanted])
+        given = model if isinstance(model, bytes) else str(model)
+        session = ort.InferenceSession(given, options, providers=[(wanted, dict(provider_options or {}))])
     except Exception as error:
         raise BackendError(f"onnxruntime refuses the model: {str(error).splitlines()[0]}") from error
     if session.get_providers()[0] != wanted:
@@ -82,13 +95,42 @@ def _refuse_fallback(session: Any, wanted: str) -> None:
         )
 
 
+_PREFIXES = {"tensorrt": "trt", "tensorrt_rtx": "nv"}
+
+
+def shape_options(provider: str, inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange]) -> dict[str, str]:
+    """What the TensorRT providers are told of sizes, so that they build one engine for all of them; nothing for others.
+
+    PipelineError for a size without an end."""
+    prefix = _PREFIXES.get(provider)
+    if prefix is None or not dims:
+        return {}
+    (profile,) = profiles_of(inputs, dims, Options())
+    shapes = {name: shapes_in(type, profile) for name, type in inputs.items()}
+    return {
+        f"{prefix}_profile_{which}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, each[index]))}" for name, each in shapes.items()
+        )
+        for index, which in enumerate(("min", "opt", "max"))
+    }
+
+
 class OnnxRuntimeEngine(Engine):
     """A model file in a session. ``threads``: as many as there are cores, unless given."""
 
-    def __init__(self, folder: Path, manifest: Manifest, model: str, provider: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        model: str,
+        provider: str,
+        threads: int | None,
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(manifest)
         self.provider = provider
-        self.session = make_session(folder / model, provider, threads)
+        options = {**shape_options(provider, self.inputs, self.dims), **(provider_options or {})}
+        self.session = make_session(folder / model, provider, threads, provider_options=options)
 
     def must_be_apart(self, layout: CacheLayout, feeds: Mapping[str, Any]) -> bool:
         """Whether the rows must run one by one: GroupQueryAttention takes several tokens on top of a past for one row only."""

@@ -9,18 +9,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from graphopt.backend import Backend, Built, Progress, no_progress
 from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
 from graphopt.backends.onnx.emitter import Emitter
 from graphopt.backends.quirks import faults_in_force, quirks_in_force
 from graphopt.backends.tensorrt.builder import build_plan
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
-from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, unrunnable
+from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, opened_plan, unrunnable
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, parsed_ops
+from graphopt.backends.tensorrt.inspection import check_kernels, kernels_of, layers_of
 from graphopt.backends.tensorrt.options import Options, profiles_of
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
 from graphopt.ir import Graph
+from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.manifest import Manifest
@@ -74,17 +78,24 @@ class TensorRtBackend(Backend):
             plan = build_plan(self.flavour, Path(inside) / MODEL, inputs, profiles, self.options, origins, progress)
         (folder / PLAN).write_bytes(plan.data)
         digest = hashlib.sha256(plan.data).hexdigest()
+        kernels: dict[str, int] = {}
+        if self.unrunnable() is None:
+            kernels = kernels_of(
+                layers_of(self.flavour.module(), opened_plan(self.flavour, plan.data, folder / PLAN).engine)
+            )
         warnings = [f"{self.name}: {each}" for each in plan.warnings]
         for fault, places in emitter.avoided.items():
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
-        return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings)
+        if kernels:
+            warnings += check_kernels(kernels, _asked(graph, emitter), self.options.sparse_weights)
+        return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels)
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
         cuda_graphs = bool(options.pop("cuda_graphs", False))
         if options:
             raise PipelineError(f"the {cls.name} engine has no option {', '.join(options)}", hint="cuda_graphs")
-        own = Options(**manifest.pipeline["target"]["options"])
+        own = cls.options_of(manifest.pipeline["target"]["options"], Options)
         return TensorRtEngine(folder, manifest, cls.flavour, own, cuda_graphs)
 
     def stand_in(self, graph: Graph, engine: Engine) -> Engine | None:
@@ -109,3 +120,20 @@ class TensorRtRtxBackend(TensorRtBackend):
 
     name: ClassVar[str] = "tensorrt_rtx"
     flavour: ClassVar[Flavour] = RTX
+
+
+def _asked(graph: Graph, emitter: Emitter) -> dict[str, int]:
+    """How many products of linears are to be in which precision."""
+    linears = [node for node in graph.nodes if node.op == "aten.linear.default"]
+    integers = emitter.used_forms.get("integers", 0) if not _of_fp8(graph) else 0
+    return {
+        "int8": integers,
+        "fp16": sum(node.output.type.dtype == torch.float16 for node in linears),
+        "bf16": sum(node.output.type.dtype == torch.bfloat16 for node in linears),
+    }
+
+
+def _of_fp8(graph: Graph) -> bool:
+    return any(
+        node.op == "graphopt.static_linear.default" and node.args["weight"].type.dtype == FP8 for node in graph.nodes
+    )

@@ -40,7 +40,10 @@ def tensorrt_dialect(parses: Callable[[str], bool], name: str = "tensorrt", quir
 
 
 def _attention(e: Emitter, node: Node) -> Lowered:
-    """ONNX Attention on ``[B, H, S, D]``. The importer takes a causal flag or a mask, not both, and no soft cap."""
+    """ONNX Attention on ``[B, H, S, D]``. The importer takes a causal flag or a mask, not both, and no soft cap.
+
+    Of buffers a mask says what is filled, not ``nonpad_kv_seqlen``: fused kernels of 11.1 and 11.2 refuse that or read past it
+    (NVIDIA/TensorRT-Model-Connect#1048)."""
     a = Attention(node)
     a.require(a.sinks is None and not a.softcap, "sinks or a soft cap")
     a.require(isinstance(a.heads, int) and isinstance(a.kv_heads, int), "a dynamic number of heads")

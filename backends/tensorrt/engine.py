@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ _RECORDED = 16  # CUDA graphs that are kept, the least recently used one first t
 
 
 @dataclass
-class _Opened:
-    """A plan on a device. TensorRT's contexts are of one profile each."""
+class Opened:
+    """A plan on a device. TensorRT's contexts are of one profile each, and of one thread; so are recorded calls."""
 
     engine: Any
-    contexts: dict[int, Any] = field(default_factory=dict)
-    recorded: dict[tuple[tuple[str, tuple[int, ...]], ...], Recorded] = field(default_factory=dict)
+    runtime: Any  # lives as long as the engine
+    contexts: dict[tuple[int, int], Any] = field(default_factory=dict)
+    recorded: dict[tuple[Hashable, ...], Recorded] = field(default_factory=dict)
 
 
 class TensorRtEngine(Engine):
@@ -45,9 +47,9 @@ class TensorRtEngine(Engine):
         super().__init__(manifest)
         self.folder, self.flavour, self.options, self.cuda_graphs = folder, flavour, options, cuda_graphs
         self.profiles = profiles_of(self.inputs, self.dims, options, self.layout)
-        self._opened: _Opened | None = None
+        self._opened: Opened | None = None
 
-    def opened(self) -> _Opened:
+    def opened(self) -> Opened:
         """BackendError if there is no GPU, or the plan is not for it or for this version."""
         if self._opened is None:
             reason = unrunnable(self.flavour)
@@ -55,18 +57,9 @@ class TensorRtEngine(Engine):
                 raise BackendError(
                     f"the engine cannot run here: {reason}", hint="run it on the device it was built for"
                 )
-            trt = self.flavour.module()
-            logger = logger_of(trt)
-            self._runtime = trt.Runtime(logger)
-            engine = self._runtime.deserialize_cuda_engine((self.folder / PLAN).read_bytes())
-            if engine is None:
-                reason = next(iter(logger.errors), "no reason")
-                raise BackendError(
-                    f"{self.flavour.name} {trt.__version__} does not open the plan: {reason}",
-                    where=str(self.folder / PLAN),
-                    hint=f"it was built with {self.manifest.versions.get(self.flavour.name, '?')}: compile again here",
-                )
-            self._opened = _Opened(engine)
+            data = (self.folder / PLAN).read_bytes()
+            built = self.manifest.versions.get(self.flavour.name, "?")
+            self._opened = opened_plan(self.flavour, data, self.folder / PLAN, built)
         return self._opened
 
     @property
@@ -127,7 +120,7 @@ class TensorRtEngine(Engine):
         self, feeds: Mapping[str, Tensor], env: Mapping[str, int], results: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Put one run on the current stream: ``feeds`` on the device, contiguous; outputs into ``results`` where given."""
-        context = self._context(env)
+        context = self.context_for(env)
         for name, tensor in feeds.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise InputError(f"{name} {list(tensor.shape)} fits no profile of the engine")
@@ -144,26 +137,29 @@ class TensorRtEngine(Engine):
             raise BackendError(f"{self.flavour.name} cannot run the engine")
         return made
 
-    def _context(self, env: Mapping[str, int]) -> Any:
+    def context_for(self, env: Mapping[str, int]) -> Any:
+        """The execution context of the profile that sizes fit into."""
         opened = self.opened()
         index = nearest_profile(self.profiles, env)
         if index is None:
             sizes = ", ".join(f"{name} = {size}" for name, size in env.items())
             raise InputError(f"{sizes} fit no profile of the engine", hint=f"profiles: {self.profiles}")
-        if index not in opened.contexts:
+        key = index, threading.get_ident()
+        if key not in opened.contexts:
             context = opened.engine.create_execution_context()
             if context is None:
                 raise BackendError(f"{self.flavour.name} has no memory for a context: {self.device_bytes >> 20} MiB")
             context.set_optimization_profile_async(index, torch.cuda.current_stream().cuda_stream)
             torch.cuda.current_stream().synchronize()
-            opened.contexts[index] = context
-        return opened.contexts[index]
+            opened.contexts[key] = context
+        return opened.contexts[key]
 
     # CUDA graphs
 
     def _replayed(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> dict[str, Tensor]:
         recorded = self.opened().recorded
-        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(feeds.items()))
+        sizes = ((name, tuple(tensor.shape)) for name, tensor in sorted(feeds.items()))
+        key: tuple[Hashable, ...] = (threading.get_ident(), *sizes)
         found = recorded.pop(key, None) or self._recorded(feeds, env)
         recorded[key] = found
         if len(recorded) > _RECORDED:
@@ -177,6 +173,21 @@ class TensorRtEngine(Engine):
         inputs = {name: tensor.clone() for name, tensor in feeds.items()}
         graph, results = record(lambda: self.enqueue(inputs, env, {}))
         return Recorded(graph, inputs, results)
+
+
+def opened_plan(flavour: Flavour, data: bytes, file: Path, built: str | None = None) -> Opened:
+    """A plan's engine. BackendError if the plan is not for it, or not for this version; ``built``: the version that made it."""
+    trt = flavour.module()
+    logger = logger_of(trt)
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise BackendError(
+            f"{flavour.name} {trt.__version__} does not open the plan: {next(iter(logger.errors), 'no reason')}",
+            where=str(file),
+            hint=f"it was built with {built}: compile again here" if built else None,
+        )
+    return Opened(engine, runtime)
 
 
 def unrunnable(flavour: Flavour) -> str | None:

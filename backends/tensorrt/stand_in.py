@@ -27,7 +27,7 @@ class StandIn(TensorRtEngine):
         """BackendError or MissingBackendError if onnxruntime does not take the model."""
         super().__init__(engine.folder, engine.manifest, engine.flavour, engine.options)
         self.new_rows = {str(value.name): value.shape for value in emitter.model.graph.outputs}
-        with tempfile.TemporaryDirectory(dir=engine.folder) as inside:
+        with tempfile.TemporaryDirectory() as inside:
             write_model(emitter, Path(inside))
             self.session = make_session(Path(inside) / MODEL)
 

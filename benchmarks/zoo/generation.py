@@ -6,24 +6,18 @@ again for each token. Writes ``results/zoo_generation.json`` and ``.md``; exits 
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-
 import graphopt
-from benchmarks.measure import Goal, Results, Table, quiet, summary_table
-from benchmarks.zoo.catalog import ANIMALS, Animal
+from benchmarks.measure import Goal, Table
+from benchmarks.zoo.catalog import Animal
+from benchmarks.zoo.runs import guarded, main, reason_of
 from benchmarks.zoo.small import source as small_source
 from graphopt.decode_parity import decode_parity, sample_prompts
 from graphopt.errors import GraphoptError
@@ -66,16 +60,8 @@ def generates(animal: Animal) -> bool:
 
 
 def attempt(work: tuple[Animal, str]) -> Row:
-    """``measure``, alone in its process, on one thread; a crash is a row as well."""
     animal, layout = work
-    torch.set_num_threads(1)
-    with quiet():
-        try:
-            return measure(animal, layout)
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            refused = f"crash: {type(error).__name__}: {error} at {where.filename}:{where.lineno}"
-            return Row(animal.name, animal.family, layout, refused=refused)
+    return guarded(lambda: measure(animal, layout), Row(animal.name, animal.family, layout))
 
 
 def measure(animal: Animal, layout: str) -> Row:
@@ -118,7 +104,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     refused = Table("Refused", "class")
     for row in rows:
         if row.refused:
-            refused.add(row.name, layout=row.layout, reason=" ".join(row.refused.split()))
+            refused.add(row.name, layout=row.layout, **reason_of(row.refused))
             continue
         tokens = f"{row.equal} of {STEPS * len(PROMPTS)}"
         done.add(
@@ -143,34 +129,15 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo.generation", description="the zoo, generating")
-    parser.add_argument("name", nargs="*", help="parts of class names; all that generate by default")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; by default one for each core")
-    asked = parser.parse_args(arguments)
-    animals = [a for a in ANIMALS if generates(a) and (not asked.name or any(part in a.name for part in asked.name))]
-    if not animals:
-        parser.error(f"no class that generates is named like {', '.join(asked.name)}")
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    work = [(animal, layout) for animal in animals for layout in LAYOUTS]
-    rows = []
-    with ProcessPoolExecutor(asked.jobs) as pool:
-        for index, row in enumerate(pool.map(attempt, work)):
-            state = (
-                "refused"
-                if row.refused
-                else f"{row.equal} tokens, drift {row.drift:.0e}" + ("" if row.right else " WRONG")
-            )
-            console.print(f"{index + 1}/{len(work)} {row.name} {row.layout}: {state}", style="dim", highlight=False)
-            rows.append(row)
-    results = Results("zoo_generation", tables(rows), goals(rows))
-    for table in results.tables:
-        table.show(console)
-    summary_table(results.goals).show(console)
-    if not asked.name:
-        results.write()
-    return int(any(goal.reached is False for goal in results.goals))
+def state(row: Row) -> str:
+    if row.refused:
+        return f"{row.layout}: refused"
+    return f"{row.layout}: {row.equal} tokens, drift {row.drift:.0e}" + ("" if row.right else " WRONG")
+
+
+def work_of(animals: list[Animal]) -> list[tuple[Animal, str]]:
+    return [(animal, layout) for animal in animals if generates(animal) for layout in LAYOUTS]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("generation", "the zoo, generating", None, work_of, attempt, state, tables, goals))
