@@ -47,7 +47,9 @@ def test_minilm(precision: str, tmp_path: Path) -> None:
     made = compiled(graphopt.load_model(str(minilm())), tmp_path / "e", steps, batch=(1, 8), sequence=(2, 128))
     layers = made.report.engine_ops
     assert layers["ATTENTION_INPUT"] == 6
-    assert layers.get("DEQUANTIZE", 0) == (2 * 36 - 12 if precision == "int8" else 0)  # q, k and v read one input
+    linears = 6 * 6 + 1  # and the pooler
+    assert layers.get("DEQUANTIZE", 0) == (2 * linears if precision == "int8" else 0)
+    assert layers.get("QUANTIZE", 0) == (4 * 6 + 1 if precision == "int8" else 0)  # q, k and v read one input
 
 
 @pytest.mark.parametrize("layout", ["static", "growing"])
