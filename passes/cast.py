@@ -133,7 +133,12 @@ class _Caster:
         floats = [operand for operand in node.operands if operand.type.dtype == torch.float32]
         if not floats or packet in _CASTS:
             return None
-        if packet in self.high or packet.startswith("graphopt.quant") or self._is_kept(node) or self._overflows(node):
+        if (
+            packet in self.high
+            or packet.startswith(("graphopt.quant", "aten.fft_"))
+            or self._is_kept(node)
+            or self._overflows(node)
+        ):
             return torch.float32
         told = [operand for operand in floats if operand not in self.positional and not self._is_weight(operand)]
         if packet in _LOW:

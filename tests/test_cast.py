@@ -316,6 +316,19 @@ INNER_AFTER = f"""{HEAD}
 """
 
 
+def test_fourier_transforms_stay_in_fp32() -> None:
+    text = f"""{HEAD}
+    weight %a.weight: f32[8, 8]
+    %h = aten.linear.default(input=%x, weight=%a.weight)
+    %c = aten.fft_fftn.default(self=%h, dim=[1, 2])
+    %y = aten.real.default(self=%c)
+    output y = %y
+"""
+    graph, _ = cast_graph(text)
+    (transform,) = (node for node in graph.nodes if "fft" in node.op)
+    assert transform.args["self"].type.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_norms_in_half_precision_where_nothing_is_wider(dtype: str) -> None:
     expected = program(INNER_AFTER.replace("f16", {"fp16": "f16", "bf16": "bf16"}[dtype]))

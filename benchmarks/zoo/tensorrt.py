@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import graphopt
 from benchmarks.measure import RESULTS, Goal, Table
 from benchmarks.zoo.catalog import Animal
-from benchmarks.zoo.measure import make_probes
 from benchmarks.zoo.runs import guarded, main, reason_of
 from benchmarks.zoo.small import implementations
 from benchmarks.zoo.small import source as small_source
@@ -83,12 +84,19 @@ def passes_for(source: Source, precision: str) -> list[dict[str, Any]]:
     if precision != "fp32":
         steps.append({"kind": "cast"})
     if precision == "int8":
-        data = [dict(probe.inputs) for probe in make_probes(source)]
+        data = examples(source)
         steps.append({
             "kind": "quantize", "scheme": "int8_static", "embeddings": False, "min_weights": 1,
             "calibration": {"data": data},
         })  # fmt: skip
     return steps
+
+
+def examples(source: Source, count: int = 3) -> list[dict[str, Any]]:
+    """Calibration data of the traced sizes: as many pictures as texts where a model reads both."""
+    batches = {axes[0] for axes in source.axes.values() if axes}
+    sizes = {name: count if name in batches else traced for name, traced in source.traced.items()}
+    return [dict(source.sample()(sizes, torch.Generator().manual_seed(seed))) for seed in range(4)]
 
 
 def sizes_of(source: Source) -> dict[str, tuple[int, int]]:
@@ -97,7 +105,7 @@ def sizes_of(source: Source) -> dict[str, tuple[int, int]]:
     for name, traced in source.traced.items():
         bounds = source.dims.get(name)
         low = bounds.min if bounds else 1
-        high = max(LARGEST, 2 * traced)
+        high = max(LARGEST, 4 * traced)
         sizes[name] = low, min(high, bounds.max) if bounds and bounds.max else high
     return sizes
 
