@@ -133,12 +133,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 def load(folder: str | Path, *, check: bool = True, **options: Any) -> Engine:
     """The engine of a directory. ``check``: compare every file's sha256 first. ``options`` are the backend's (threads,
-    provider ...). EngineError if the directory is damaged or newer; MissingBackendError if its backend is not here."""
+    provider ...), None for what it was built with. EngineError if the directory is damaged or newer; MissingBackendError if its backend is not here."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     if check:
         check_files(folder, manifest)
-    return loaded(folder, manifest, check=check, **options)
+    given = {name: option for name, option in options.items() if option is not None}
+    return loaded(folder, manifest, check=check, **given)
 
 
 def loaded(folder: Path, manifest: Manifest, *, check: bool = False, **options: Any) -> Engine:

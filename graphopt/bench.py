@@ -38,7 +38,7 @@ def bench_engine(
 ) -> list[dict[str, Any]]:
     """Milliseconds of an engine at each of ``sizes`` (by default 1 and 8 of everything counted, 128 long), on random
     inputs with a padding mask."""
-    engine = artifact.load(folder, threads=threads) if threads else artifact.load(folder)
+    engine = artifact.load(folder, threads=threads)
     results = []
     for index, wanted in enumerate(sizes or _default_sizes(engine)):
         progress(f"time {wanted}", index / max(len(sizes), 1))

@@ -106,9 +106,11 @@ def test_an_engine_for_another_machine_is_built_and_said_not_to_be_run(tmp_path:
     made = compiled(bert(), tmp_path / "e", options={"shapes": [{"batch": 1, "sequence": 8}]})
     assert made.manifest.report.engine is None
     assert "the engine was built and not run: " in made.manifest.report.warnings[-1]
-    engine = graphopt.load(tmp_path / "e")
+    engine = graphopt.load(tmp_path / "e", threads=None)  # as the command line has it
     with pytest.raises(BackendError, match="the engine cannot run here: "):
         engine(**texts()[0])
+    with pytest.raises(PipelineError, match="has no option threads"):
+        graphopt.load(tmp_path / "e", threads=2)
 
 
 def test_dynamic_products_are_refused_with_the_scheme_that_serves(tmp_path: Path) -> None:
