@@ -133,7 +133,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 def load(folder: str | Path, *, check: bool = True, **options: Any) -> Engine:
     """The engine of a directory. ``check``: compare every file's sha256 first. ``options`` are the backend's (threads,
-    provider ...), None for what it was built with. EngineError if the directory is damaged or newer; MissingBackendError if its backend is not here."""
+    provider ...), None for what it was built with.
+
+    EngineError if the directory is damaged or newer; MissingBackendError if its backend is not here."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     if check:
