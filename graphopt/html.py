@@ -109,7 +109,8 @@ def _page(manifest: Manifest) -> Page:
 
 def _target(manifest: Manifest) -> str:
     provider = manifest.pipeline.get("target", {}).get("provider")
-    return f"{manifest.backend}, {provider}" if provider else manifest.backend
+    has_providers = not manifest.backend.startswith("tensorrt")
+    return f"{manifest.backend}, {provider}" if provider and has_providers else manifest.backend
 
 
 def _verdict(report: BuildReport) -> Verdict:
@@ -128,7 +129,7 @@ def _verdict(report: BuildReport) -> Verdict:
 
 
 def _figures(report: BuildReport) -> list[Figure]:
-    found = [_engine_figure(report.engine)]
+    found = [_engine_figure(*report.last)]
     if report.passes:
         found += [_node_figure(report.passes), _weight_figure(report.passes)]
     if report.attentions:
@@ -136,12 +137,12 @@ def _figures(report: BuildReport) -> list[Figure]:
     return [*found, Figure("Build time", f"{sum(report.seconds.values()):.1f} s", "trace, proofs and engine")]
 
 
-def _engine_figure(engine: StageParity | None) -> Figure:
+def _engine_figure(name: str, engine: StageParity | None) -> Figure:
     label = "Largest difference"
     if engine is None:
-        return Figure(label, "unknown", "the engine was not compared with eager")
+        return Figure(label, "unknown", f"the {name} was not compared with eager")
     size, output, sizes = max(_differences(engine), default=(0.0, "", ""))
-    note = f"of the engine, in {output} at {sizes}" if size else "of the engine: none on any probe"
+    note = f"of the {name}, in {output} at {sizes}" if size else f"of the {name}: none on any probe"
     return Figure(label, number_text(engine.max_abs), f"{note}; {share_text(decades_of(engine))} of its limit")
 
 

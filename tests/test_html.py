@@ -451,3 +451,14 @@ def test_a_deep_model_stays_small(tmp_path: Path) -> None:
     assert len(text.encode()) < 3_000_000
     (tmp_path / "report.html").write_text(text)
     Page(text)
+
+
+def test_an_engine_that_was_not_run_shows_its_emitted_model() -> None:
+    """With its difference and its kernels; the engine itself stays unseen."""
+    whole = everything("plain").report
+    report = whole.model_copy(update={"engine": None, "emitted": whole.engine, "kernels": {"fused attentions": 2}})
+    page = Page(html.render(manifest(report, backend="tensorrt_rtx", pipeline={"target": {"provider": "cpu"}})))
+    assert "of the emitted model" in page.text
+    assert "not compared: engine" in page.text
+    assert "fused attentions 2" in " ".join(page.text.split())
+    assert "tensorrt_rtx, cpu" not in page.text
