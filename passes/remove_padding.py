@@ -83,12 +83,19 @@ def _borders(graph: Graph, mask: Value) -> tuple[list[Node], list[Node]]:
             )
             (entries if gives else exits).append(node)
         elif gives or takes:
-            require(node.op.rpartition(".")[0] in TOKEN_BY_TOKEN, f"{node.where} does not work token by token")
+            require(_is_token_by_token(node), f"{node.where} does not work token by token")
     for name, value in graph.outputs.items():
         require(value not in flat, f"the output {name!r} is flat")
     for node in exits:
         _check_readers(graph, node.output, mask)
     return entries, exits
+
+
+def _is_token_by_token(node: Node) -> bool:
+    """Of flat tokens; a product that was merged is split by its features."""
+    if node.op == "aten.split_with_sizes.default":
+        return node.args["dim"] in (1, -1)
+    return node.op.rpartition(".")[0] in TOKEN_BY_TOKEN
 
 
 def _check_readers(graph: Graph, value: Value, mask: Value) -> None:

@@ -113,3 +113,39 @@ def test_refuses_a_graph_without_attention() -> None:
     found = graph("".join(lines).replace("self=%a,", "self=%h,"))
     (report,) = run_passes(found, [RemovePadding(allow_no_match=True)])
     assert report.refusals[0].reason == "there is no attention"
+
+
+MERGED = """graph {
+  dim batch in [1, 8]
+  dim sequence in [1, 64]
+  input %x: f32[batch, sequence, 8]
+  input %mask: bool[batch, sequence]
+  weight %w: f32[8, 8]
+  %f: f32[batch*sequence, 8] = aten.reshape.default(self=%x, shape=[batch*sequence, 8])
+  %l: f32[batch*sequence, 8] = aten.linear.default(input=%f, weight=%w)
+  %p: f32[batch*sequence, 4], %r: f32[batch*sequence, 4] = aten.split_with_sizes.default(self=%l, split_sizes=[4, 4], dim=1)
+  %q: f32[batch, sequence, 1, 4] = aten.reshape.default(self=%p, shape=[batch, sequence, 1, 4])
+  %k: f32[batch, sequence, 1, 4] = aten.reshape.default(self=%r, shape=[batch, sequence, 1, 4])
+  %a: f32[batch, sequence, 1, 4] = graphopt.attention.default(q=%q, k=%k, v=%k, key_mask=%mask, scale=0.5, heads_last=True)
+  %g: f32[batch*sequence, 4] = aten.reshape.default(self=%a, shape=[batch*sequence, 4])
+  %s: f32[batch*sequence, 4] = aten.add.Tensor(self=%g, other=%p)
+  %y: f32[batch, sequence, 4] = aten.reshape.default(self=%s, shape=[batch, sequence, 4])
+  output hidden = %y
+}
+"""
+
+
+@pytest.mark.parametrize(("batch", "sequence"), [(2, 5), (3, 17), (1, 1)])
+def test_merged_products_are_split_by_their_features(batch: int, sequence: int) -> None:
+    """What ``merge_linears`` leaves where one product is faster than several."""
+    before = graph(MERGED)
+    after = before.clone()
+    (report,) = run_passes(after, [RemovePadding()])
+    assert report.matches == {"pack": 2, "unpack": 3}
+    inputs = {"x": torch.randn(batch, sequence, 8), "mask": torch.rand(batch, sequence) < 0.6}
+    inputs["mask"][:, 0] = True
+    expected = run(before, inputs)["hidden"]
+    torch.testing.assert_close(run(after, inputs)["hidden"], expected)
+    (got,) = run_onnxruntime(emit(after, ONNXRUNTIME), inputs)
+    real = inputs["mask"]
+    torch.testing.assert_close(torch.from_numpy(got)[real], expected[real], atol=1e-5, rtol=1e-5)
