@@ -103,11 +103,19 @@ def _check_readers(graph: Graph, value: Value, mask: Value) -> None:
     for reader in value.users:
         if reader.op == "graphopt.attention.default" and reader.args["heads_last"]:
             continue  # queries stay where they are, keys are masked
-        if reader.op == "graphopt.rotary_embedding.default":
-            _check_readers(graph, reader.output, mask)
+        if reader.op == "graphopt.rotary_embedding.default" or _keeps_positions(reader, mask):
+            for result in reader.outputs:
+                _check_readers(graph, result, mask)
             continue
         first = reader.op == "aten.select.int" and reader.args["dim"] == 1 and reader.args["index"] == 0
         require(first, f"{reader.where} reads tokens across positions")
+
+
+def _keeps_positions(node: Node, mask: Value) -> bool:
+    """Whether a node only splits or groups the features of ``[batch, sequence, ...]``."""
+    if node.op == "aten.split_with_sizes.default":
+        return bool(node.args["dim"] % len(node.args["self"].type.shape) >= 2)
+    return node.op == "aten.reshape.default" and node.output.type.shape[:2] == mask.type.shape
 
 
 def _pack(graph: Graph, node: Node, mask: Value, label: str) -> None:

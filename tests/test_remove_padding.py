@@ -135,13 +135,23 @@ MERGED = """graph {
 """
 
 
+HALVES = "f32[batch*sequence, 4]"
+SPLIT = f"""  %p: {HALVES}, %r: {HALVES} = aten.split_with_sizes.default(self=%l, split_sizes=[4, 4], dim=1)
+"""
+APART = """  %u: f32[batch, sequence, 8] = aten.reshape.default(self=%l, shape=[batch, sequence, 8])
+  %p: f32[batch, sequence, 4], %r: f32[batch, sequence, 4] = aten.split_with_sizes.default(self=%u, split_sizes=[4, 4], dim={0})
+"""
+UNFLATTENED = MERGED.replace(SPLIT, APART.format(2)).replace("self=%g, other=%p", "self=%g, other=%g")
+
+
 @pytest.mark.parametrize(("batch", "sequence"), [(2, 5), (3, 17), (1, 1)])
-def test_merged_products_are_split_by_their_features(batch: int, sequence: int) -> None:
+@pytest.mark.parametrize(("text", "unpacked"), [(MERGED, 3), (UNFLATTENED, 2)], ids=["flat", "unflattened"])
+def test_merged_products_are_split_by_their_features(text: str, unpacked: int, batch: int, sequence: int) -> None:
     """What ``merge_linears`` leaves where one product is faster than several."""
-    before = graph(MERGED)
+    before = graph(text)
     after = before.clone()
     (report,) = run_passes(after, [RemovePadding()])
-    assert report.matches == {"pack": 2, "unpack": 3}
+    assert report.matches == {"pack": 2, "unpack": unpacked}
     inputs = {"x": torch.randn(batch, sequence, 8), "mask": torch.rand(batch, sequence) < 0.6}
     inputs["mask"][:, 0] = True
     expected = run(before, inputs)["hidden"]
