@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import graphopt
 from benchmarks.assets import smollm2
 from benchmarks.decoding_sides import OPTIMUM, SideError, Worker
 from benchmarks.inputs import padded
-from benchmarks.measure import THREADS, Cell, Goal, Results, Table, Timing, quiet, summary, use_threads
+from benchmarks.measure import PAUSE, THREADS, Cell, Goal, Results, Table, Timing, quiet, summary, use_threads
 from benchmarks.smollm2 import text_tokens
 from graphopt.runtime.decoder import Decoder
 from graphopt.runtime.generation import Generator
@@ -264,12 +265,14 @@ def job(worker: Worker, do: str, prompt: Sequence[int], room: int, **options: in
 
 
 def in_turns(jobs: Jobs) -> Times:
-    """A turn of every job in each round, in an order shuffled anew; the first round is not counted."""
+    """A turn of every job in each round, in an order shuffled anew, after a pause in which the threads of the one before come
+    to rest; the first round is not counted."""
     found: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
     order, shuffler = list(jobs), random.Random(0)
     for round_ in range(ROUNDS + 1):
         shuffler.shuffle(order)
         for key in order:
+            time.sleep(PAUSE)
             times = jobs[key]()
             found[key] += times if round_ else []
     return {key: summary(times) for key, times in found.items()}

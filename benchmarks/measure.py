@@ -41,6 +41,8 @@ PACKAGES = (
     "numpy",
 )
 
+PAUSE = 0.05  # seconds; onnxruntime's threads were seen to spin for some 15 ms after a run
+
 Cell: TypeAlias = str | float | int | bool | None
 
 
@@ -61,8 +63,9 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time the candidates in turns, so that a slow moment of the machine hits all alike.
 
-    In each round every candidate has one turn, in an order shuffled anew: one run that is not timed, which brings its
-    weights back into the caches and outlasts the spinning threads of the one before, then ``runs`` timed ones."""
+    In each round every candidate has one turn, in an order shuffled anew: a pause that outlasts the spinning threads of the
+    one before (they double the time of a call of 8 ms), one run that is not timed, which brings its weights back into the
+    caches, then ``runs`` timed ones."""
     for call in candidates.values():
         for _ in range(warmup):
             call()
@@ -71,6 +74,7 @@ def interleaved(
     for _ in range(rounds):
         shuffler.shuffle(order)
         for name in order:
+            time.sleep(PAUSE)
             candidates[name]()
             times[name] += [milliseconds(candidates[name]) for _ in range(runs)]
     return {name: summary(own) for name, own in times.items()}

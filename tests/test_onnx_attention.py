@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from graphopt.backends import quirks
+from graphopt.backends.onnx.emitter import Lowering
 from graphopt.backends.onnxruntime.dialect import onnxruntime_dialect
+from graphopt.backends.onnxruntime.tactics import single_op
 from graphopt.dims import Dim, Size
 from graphopt.errors import LoweringError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, TensorType, Value
+from graphopt.ir import DimRange, Graph, TensorType, Value, Weight
 from graphopt.ops import visible_keys
 from tests.onnx_helpers import ONNXRUNTIME, check_everywhere, emit, run_onnxruntime, run_reference
 
@@ -247,3 +250,68 @@ def test_a_fault_takes_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quirks, "QUIRKS", (refusing,))
     with pytest.raises(LoweringError, match="it is broken"):
         emit(graph, onnxruntime_dialect("1.32.0"))
+
+
+WITHOUT_PADDING = "attention_without_padding"
+
+
+@pytest.mark.parametrize("causal", ["none", "upper_left"])
+@pytest.mark.parametrize("heads_last", [True, False])
+def test_a_batch_without_padding_takes_the_branch_without_a_mask(causal: str, heads_last: bool) -> None:
+    """One model, and both of its branches."""
+    graph = attention_graph({"causal": causal, "key_mask": True}, heads_last=heads_last)
+    model = emit(graph, ONNXRUNTIME, WITHOUT_PADDING)
+    (either,) = (node for node in model.graph.node if node.op_type == "If")
+    branches = {attribute.name: attribute.g for attribute in either.attribute}
+    operands = {
+        name: [len(list(filter(None, node.input))) for node in branch.node] for name, branch in branches.items()
+    }
+    assert operands == {"then_branch": [3], "else_branch": [4]}
+    for sizes in ({"batch": 1, "sequence": 5}, {"batch": 3, "sequence": 7}):
+        padded = inputs_of(graph, sizes)
+        full = {**padded, "key_mask": torch.ones_like(padded["key_mask"])}
+        one = {**full, "key_mask": full["key_mask"].clone()}
+        one["key_mask"][-1, -1] = False  # a single key of the last row
+        for inputs in (padded, full, one):
+            assert_attends(graph, inputs, run_onnxruntime(model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("masking", "reason"),
+    [
+        ("causal", "no key mask, or not that alone"),
+        ("bias_and_keys", "no key mask, or not that alone"),
+        ("segments_of_truth", "no key mask, or not that alone"),
+        ("both_windows", "a window or chunks"),
+        ("chunk_and_padding", "a window or chunks"),
+    ],
+)
+def test_only_padding_can_be_absent(masking: str, reason: str) -> None:
+    (node,) = attention_graph(MASKINGS[masking], heads_last=True).nodes
+    with pytest.raises(LoweringError, match=reason):
+        emit(single_op(node), replace(ONNXRUNTIME, lowerings={}, forms=_only(WITHOUT_PADDING)))
+
+
+def test_layers_share_what_says_that_there_is_no_padding() -> None:
+    graph = attention_graph({"key_mask": True}, heads_last=True)
+    (first,) = graph.nodes
+    second = graph.insert(first.op, {**first.args, "q": first.args["k"]}).output
+    graph.outputs["z"] = second
+    ops = [node.op_type for node in emit(graph, ONNXRUNTIME, WITHOUT_PADDING).graph.node]
+    assert (ops.count("If"), ops.count("ReduceMin"), ops.count("Attention")) == (2, 1, 0)
+
+
+def test_a_weight_that_only_a_branch_reads_is_kept() -> None:
+    graph = Graph(dims={"sequence": DimRange()})
+    x = graph.add_input("x", TensorType(torch.float32, (2, S, 4, 8)))
+    keys = graph.add_weight("keys", Weight.of(torch.randn(2, 3, 4, 8)))
+    mask = graph.add_input("key_mask", TensorType(torch.bool, (2, 3)))
+    args = {"q": x, "k": keys, "v": keys, "key_mask": mask, "scale": 0.3, "heads_last": True}
+    graph.outputs["y"] = graph.insert("graphopt.attention.default", args).output
+    inputs = {"x": torch.randn(2, 5, 4, 8), "key_mask": torch.tensor([[True, True, False]] * 2)}
+    model = emit(graph, ONNXRUNTIME, WITHOUT_PADDING)
+    torch.testing.assert_close(torch.from_numpy(run_onnxruntime(model, inputs)[0]), run(graph, inputs)["y"])
+
+
+def _only(form: str) -> dict[str, dict[str, Lowering]]:
+    return {"graphopt.attention": {form: ONNXRUNTIME.forms["graphopt.attention"][form]}}

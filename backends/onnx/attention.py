@@ -7,7 +7,7 @@ once for all layers that share them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from graphopt.backends.onnx.emitter import Emitter, Lowered, Reshaped, Unsupported
+from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Reshaped, Unsupported
 from graphopt.dims import Size
 from graphopt.ir import Node, Value
 
@@ -160,31 +160,67 @@ class Attention:
             raise Unsupported(reason)
 
 
-def standard(mask_as: str, flat: bool) -> Callable[[Emitter, Node], Lowered]:
+def standard(mask_as: str, flat: bool) -> Lowering:
     """ONNX Attention (opset 23) with a ``bool`` or ``float`` mask; ``flat``: on ``[B, S, H*D]``."""
 
     def lower(e: Emitter, node: Node) -> Lowered:
-        a = Attention(node)
-        a.require(a.sinks is None, "attention sinks")
-        a.require(isinstance(a.heads, int) and isinstance(a.kv_heads, int), "a dynamic number of heads")
-        causal = a.causal_is_upper_left
+        op = _Standard(e, Attention(node), flat)
+        causal = op.a.causal_is_upper_left
         if mask_as == "bool":
-            a.require(a.bias is None, "a bias is no boolean mask")
-            mask = a.visible(e, with_causal=not causal)
+            op.a.require(op.a.bias is None, "a bias is no boolean mask")
+            mask = op.a.visible(e, with_causal=not causal)
         else:
-            mask = a.additive(e, with_causal=not causal)
-        mask = a.whole(e, mask) if mask is not None else None
-        attributes = {"scale": a.scale, "softcap": a.softcap or None, "is_causal": int(causal) or None}
-        if not flat:
-            parts = (a.heads_first(e, value) for value in (a.q, a.k, a.v))
-            return a.from_heads_first(e, e.op("Attention", *parts, mask, **attributes))
-        a.require(isinstance(a.size, int) and isinstance(a.value_size, int), "a dynamic head size")
-        sizes = ((a.q, a.heads, a.size), (a.k, a.kv_heads, a.size), (a.v, a.kv_heads, a.value_size))
-        parts = (a.heads_last(e, *each) for each in sizes)
-        result = e.op("Attention", *parts, mask, q_num_heads=a.heads, kv_num_heads=a.kv_heads, **attributes)
-        return a.from_heads_last(e, result)
+            mask = op.a.additive(e, with_causal=not causal)
+        return op.result(op.call(op.a.whole(e, mask) if mask is not None else None))
 
     return lower
+
+
+def without_padding(e: Emitter, node: Node) -> Lowered:
+    """ONNX Attention without a mask where the key mask keeps all keys, which shows when the model runs, and with it otherwise:
+    kernels are faster without, and a single text has no padding."""
+    op = _Standard(e, Attention(node), flat=True)
+    a, args = op.a, node.args
+    others = [name for name in a.MASKS if name != "key_mask" and args[name] is not None]
+    a.require(args["key_mask"] is not None and a.bias is None and not others, "no key mask, or not that alone")
+    a.require(max(args["window_left"], args["window_right"]) < 0 and not args["chunk"], "a window or chunks")
+    a.require(a.causal == "none" or a.causal_is_upper_left, "causal of unequal lengths")
+    visible = a.visible(e, with_causal=False)
+    assert visible is not None
+    mask = a.whole(e, visible)
+    is_full = e.once(("full", args["key_mask"].name), lambda: _all_of(e, e.value(args["key_mask"])))
+    return op.result(e.either(is_full, lambda: op.call(None), lambda: op.call(mask)))
+
+
+def _all_of(e: Emitter, mask: ir.Value) -> ir.Value:
+    least = e.op("ReduceMin", e.cast(mask, torch.bool, torch.int32), keepdims=0)
+    return e.cast(least, torch.int32, torch.bool)
+
+
+class _Standard:
+    """The standard op for an attention, its operands in place."""
+
+    def __init__(self, e: Emitter, a: Attention, flat: bool) -> None:
+        self.e, self.a, self.flat = e, a, flat
+        a.require(a.sinks is None, "attention sinks")
+        a.require(isinstance(a.heads, int) and isinstance(a.kv_heads, int), "a dynamic number of heads")
+        self.attributes: dict[str, Any] = {
+            "scale": a.scale, "softcap": a.softcap or None, "is_causal": int(a.causal_is_upper_left) or None
+        }  # fmt: skip
+        if not flat:
+            self.parts = [a.heads_first(e, value) for value in (a.q, a.k, a.v)]
+            return
+        a.require(isinstance(a.size, int) and isinstance(a.value_size, int), "a dynamic head size")
+        sizes = ((a.q, a.heads, a.size), (a.k, a.kv_heads, a.size), (a.v, a.kv_heads, a.value_size))
+        self.parts = [a.heads_last(e, *each) for each in sizes]
+        self.attributes |= {"q_num_heads": a.heads, "kv_num_heads": a.kv_heads}
+
+    def call(self, mask: ir.Value | None) -> ir.Value:
+        return self.e.op("Attention", *self.parts, mask, **self.attributes)
+
+    def result(self, called: ir.Value) -> Lowered:
+        """In the node's own layout."""
+        return self.a.from_heads_last(self.e, called) if self.flat else self.a.from_heads_first(self.e, called)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ emitter: a lowering may give a result in another shape (``e.Reshaped``), and a r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -86,8 +86,17 @@ def _needed(nodes: list[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
     for node in reversed(nodes):
         if any(value in wanted for value in node.outputs):
             kept.append(node)
-            wanted.update(value for value in node.inputs if value is not None)
+            wanted.update(value for each in _with_branches([node]) for value in each.inputs if value is not None)
     return kept[::-1]
+
+
+def _with_branches(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """Nodes, and those of the graphs inside them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _with_branches(attribute.as_graph())
 
 
 def packet(node: Node) -> str:
@@ -147,6 +156,18 @@ class Emitter:
             node.metadata_props["graphopt.origin"] = self._origin
         self._nodes.append(node)
         return tuple(node.outputs)
+
+    def either(self, condition: ir.Value, then: Callable[[], ir.Value], otherwise: Callable[[], ir.Value]) -> ir.Value:
+        """What one of the two makes, whichever the boolean scalar says when the model runs."""
+        return self.op("If", condition, then_branch=self._branch(then), else_branch=self._branch(otherwise))
+
+    def _branch(self, make: Callable[[], ir.Value]) -> ir.Graph:
+        """What ``make`` adds as a graph of its own, which reads the values around it."""
+        nodes, journal = len(self._nodes), len(self._journal)
+        result = make()
+        own = self._nodes[nodes:]
+        self._take_back(nodes, len(self._initializers), journal)  # nothing else can read what is in there
+        return ir.Graph([], [result], nodes=own, name=self._unique("branch"))
 
     def value(self, value: Value) -> ir.Value:
         """The ONNX value of a graph value, in its own shape."""
@@ -300,8 +321,9 @@ class Emitter:
         outputs += [self._output(name, self.graph.value(name)) for name in show if name not in self.graph.outputs]
         self._nodes = _needed(self._nodes, outputs)
         self._drop_unread()
-        opsets = {d: v for d, v in self.dialect.opsets.items() if d == "" or any(n.domain == d for n in self._nodes)}
-        opsets[""] = max(opsets[""], *(_SINCE.get(node.op_type, 0) for node in self._nodes), 0)
+        every = list(_with_branches(self._nodes))
+        opsets = {d: v for d, v in self.dialect.opsets.items() if d == "" or any(n.domain == d for n in every)}
+        opsets[""] = max(opsets[""], *(_SINCE.get(node.op_type, 0) for node in every), 0)
         opsets |= {function.domain: 1 for function in self._functions.values()}
         graph = ir.Graph(
             inputs, outputs, nodes=self._nodes, initializers=self._initializers, opset_imports=opsets, name="graphopt"
@@ -310,7 +332,7 @@ class Emitter:
 
     def _drop_unread(self) -> None:
         """Leave out weights that lowerings made others of."""
-        read = {value for node in self._nodes for value in node.inputs}
+        read = {value for node in _with_branches(self._nodes) for value in node.inputs}
         self._initializers = [value for value in self._initializers if value in read]
         kept = {value.name for value in self._initializers}
         self.weights = {name: weight for name, weight in self.weights.items() if name in kept}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphopt.backends.onnx.attention import STANDARD_FORMS, Attention
+from graphopt.backends.onnx.attention import STANDARD_FORMS, Attention, without_padding
 from graphopt.backends.onnx.dialects import OPSET, STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered
 from graphopt.backends.onnxruntime.cached import CONTRIB, group_query
@@ -68,6 +68,7 @@ def onnxruntime_dialect(version: str) -> Dialect:
     """The dialect of an installed version, its faults included."""
     forms = {
         **STANDARD_FORMS,
+        "attention_without_padding": without_padding,
         "multi_head_key_mask": _multi_head_keys,
         "multi_head_bias": _multi_head_bias,
     }

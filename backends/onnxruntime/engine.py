@@ -42,9 +42,11 @@ def make_session(
     threads: int | None = None,
     optimized: Path | None = None,
     provider_options: Mapping[str, str] | None = None,
+    *,
+    beside_others: bool = False,
 ) -> Any:
     """A session on one provider; ``optimized``: where to write the model that it runs; ``provider_options`` as onnxruntime
-    has them.
+    has them; ``beside_others``: its threads rest between runs, so that those of another session have the cores.
 
     BackendError if onnxruntime refuses the model or would run part of it elsewhere."""
     ort = onnxruntime()
@@ -61,6 +63,8 @@ def make_session(
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+    if beside_others:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:

@@ -97,12 +97,15 @@ class Tuner:
             report = self.reports[signature]
             self.reports[signature] = report.model_copy(update={"uses": report.uses + 1})
             return report.chosen
-        kept = self._cache.get(self._key(signature))
+        kept = self._cache.get(self._key(self._choice(node)))
         report = TacticReport(**kept, how="timed before") if kept else self._time_forms(node, signature)
         self.reports[signature] = report
         if not kept:
-            self._keep(signature, report.model_dump(include={"signature", "chosen", "milliseconds", "notes"}))
+            self._keep(self._choice(node), report.model_dump(include={"signature", "chosen", "milliseconds", "notes"}))
         return report.chosen
+
+    def _choice(self, node: Node) -> str:
+        return f"{signature_of(node)} | {', '.join(self.dialect.forms[packet(node)])}"
 
     def milliseconds(self, graph: Graph) -> float:
         """Time of a graph: the geometric mean of its medians over the sizes."""
@@ -131,7 +134,7 @@ class Tuner:
             found = _median_times([self._runner(sessions[form], inputs) for form in right])
             for form, each in zip(right, found, strict=True):
                 times[form].append(each)
-        means = {form: _geometric_mean(each) for form, each in times.items() if len(each) == len(self.sizes)}
+        means = {form: _geometric_mean(each) for form, each in times.items() if form not in notes}
         if not means:
             raise BackendError(f"no form of {packet(node)} is right on this machine: {notes}", where=node.where)
         chosen = min(means, key=lambda form: means[form])
@@ -168,13 +171,17 @@ class Tuner:
         return right
 
     def _inputs(self, graph: Graph) -> Iterator[dict[str, torch.Tensor]]:
+        """Examples of each size; where a mask says which keys are padding, one of the same sizes without any."""
         generator = torch.Generator().manual_seed(0)
         for sizes in self.sizes:
-            yield {name: _example(value.type.concrete(sizes), generator) for name, value in graph.inputs.items()}
+            made = {name: _example(value.type.concrete(sizes), generator) for name, value in graph.inputs.items()}
+            yield made
+            if "key_mask" in made:
+                yield {**made, "key_mask": torch.ones_like(made["key_mask"])}
 
     def _session(self, emitter: Emitter) -> Any:
         embed(emitter)
-        return make_session(ir.to_proto(emitter.model).SerializeToString(), "cpu", self.threads)
+        return make_session(ir.to_proto(emitter.model).SerializeToString(), "cpu", self.threads, beside_others=True)
 
     def _runner(self, session: Any, inputs: Mapping[str, torch.Tensor]) -> Callable[[], list[Any]]:
         known = {given.name for given in session.get_inputs()}

@@ -51,6 +51,7 @@ def build_plan(
             f"{flavour.name} builds on a machine with an NVIDIA GPU, and there is none",
             hint="build there, or for backend: tensorrt_rtx here",
         )
+    builder.max_threads = os.cpu_count() or 1
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model)):

@@ -24,8 +24,24 @@ class Recorded:
     """A CUDA graph with the tensors it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: dict[str, Tensor]
     results: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+
+    def replay(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The results for other inputs of the same sizes, as copies."""
+        self.run(feeds)
+        return {name: tensor.clone() for name, tensor in self.results.items()}
+
+    def run(self, feeds: Mapping[str, Tensor]) -> None:
+        """Leaves the results where they were recorded. Inputs of one dtype are copied in one launch."""
+        alike: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, own in self.inputs.items():
+            places, given = alike.setdefault(own.dtype, ([], []))
+            places.append(own)
+            given.append(feeds[name])
+        for places, given in alike.values():
+            torch._foreach_copy_(places, given, non_blocking=True)
+        self.graph.replay()
 
 
 def record(run: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
@@ -85,16 +101,13 @@ class DeviceCache(KvCache):
             return self._run({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
         if self._recorded is None:
             self._recorded = self._record({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
-        for name, tensor in feeds.items():
-            self._recorded.inputs[name].copy_(tensor, non_blocking=True)
-        self._recorded.graph.replay()
+        self._recorded.run(feeds)
         return self._recorded.results
 
     def _record(self, feeds: Mapping[str, Tensor]) -> Recorded:
         """What a step of single tokens does; each step's results lie where the one's before lay."""
         inputs = {name: tensor.clone() for name, tensor in feeds.items()}
-        graph, results = record(lambda: self._run(inputs))
-        return Recorded(graph, inputs, results)
+        return Recorded(*record(lambda: self._run(inputs)), inputs)
 
     def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs = {**feeds, **self.once, **self.tensors}

@@ -32,7 +32,7 @@ class Opened:
     engine: Any
     runtime: Any  # lives as long as the engine
     contexts: dict[tuple[int, int], Any] = field(default_factory=dict)
-    recorded: dict[tuple[Hashable, ...], Recorded] = field(default_factory=dict)
+    recorded: dict[Hashable, Recorded] = field(default_factory=dict)
 
 
 class TensorRtEngine(Engine):
@@ -83,7 +83,7 @@ class TensorRtEngine(Engine):
         on_device = any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors.values())
         env = bind_dims(self.inputs, self.dims, {name: signature(name, tensor) for name, tensor in tensors.items()})
         feeds = {name: self.on_device(tensor) for name, tensor in tensors.items()}
-        results = self._replayed(feeds, env) if self.cuda_graphs else self.enqueue(feeds, env, {})
+        results = self._replayed(self._record(feeds, env), feeds) if self.cuda_graphs else self.enqueue(feeds, env, {})
         if as_torch and on_device:
             return dict(results)
         moved = self._in_memory(results)
@@ -156,23 +156,38 @@ class TensorRtEngine(Engine):
 
     # CUDA graphs
 
-    def _replayed(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> dict[str, Tensor]:
+    def __call__(self, **tensors: Any) -> dict[str, Any]:
+        """Calls of sizes that were recorded before are known to fit: on the device nothing is left to check."""
+        key = _call_of(tensors) if self.cuda_graphs and self._opened is not None else None
+        if key is not None and key in self.opened().recorded:
+            return self._replayed(key, tensors)
+        return super().__call__(**tensors)
+
+    def _replayed(self, key: Hashable, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         recorded = self.opened().recorded
-        sizes = ((name, tuple(tensor.shape)) for name, tensor in sorted(feeds.items()))
-        key: tuple[Hashable, ...] = (threading.get_ident(), *sizes)
-        found = recorded.pop(key, None) or self._recorded(feeds, env)
-        recorded[key] = found
+        found = recorded[key] = recorded.pop(key)  # the last one is the one used last
+        return found.replay(feeds)
+
+    def _record(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> Hashable:
+        """Records a call unless it is known, and returns what it is known by."""
+        recorded, key = self.opened().recorded, _call_of(feeds)
+        if key not in recorded:
+            inputs = {name: tensor.clone() for name, tensor in feeds.items()}
+            recorded[key] = Recorded(*record(lambda: self.enqueue(inputs, env, {})), inputs)
         if len(recorded) > _RECORDED:
             del recorded[next(iter(recorded))]
-        for name, tensor in feeds.items():
-            found.inputs[name].copy_(tensor, non_blocking=True)
-        found.graph.replay()
-        return {name: tensor.clone() for name, tensor in found.results.items()}
+        return key
 
-    def _recorded(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> Recorded:
-        inputs = {name: tensor.clone() for name, tensor in feeds.items()}
-        graph, results = record(lambda: self.enqueue(inputs, env, {}))
-        return Recorded(graph, inputs, results)
+
+def _call_of(tensors: Mapping[str, Any]) -> Hashable:
+    """What a recorded call is known by: its thread, and the tensors' places, dtypes and shapes. None if one is not on the GPU."""
+    key: list[Hashable] = [threading.get_ident()]
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if not (isinstance(tensor, Tensor) and tensor.is_cuda):
+            return None
+        key += name, tensor.dtype, tensor.shape
+    return tuple(key)
 
 
 def opened_plan(flavour: Flavour, data: bytes, file: Path, built: str | None = None) -> Opened:

@@ -1,0 +1,127 @@
+"""MiniLM and SmolLM2 with their real weights as TensorRT engines on a GPU: parity, STS-B, greedy tokens, and ONNX Runtime's CUDA
+provider with the same passes beside them. A part of ``python -m benchmarks.tensorrt_gpu``."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import graphopt
+from benchmarks.assets import minilm, smollm2
+from benchmarks.cuda_decoding import engine_steps
+from benchmarks.demo import sts_b_spearman
+from benchmarks.measure import Goal, Results, Table
+from graphopt.backends.tensorrt.backend import TensorRtBackend
+from graphopt.errors import GraphoptError
+from graphopt.runtime import Generator
+from graphopt.runtime.generation import load_tokenizer
+
+PARITY = {"fp32": 1e-4, "fp16": 5e-3}
+SIZES = ((1, 128), (8, 128), (5, 77))
+TEXTS = ("The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at")
+NEW, ROOM = 64, 512
+HALF = {"kind": "cast", "norms": "half"}
+Steps = Sequence[Mapping[str, Any]]
+
+
+def sentences(results: Results) -> None:
+    """MiniLM in fp32, fp16 and int8."""
+    from transformers import AutoTokenizer
+
+    source, tokenizer = graphopt.load_model(str(minilm())), AutoTokenizer.from_pretrained(minilm())
+    texts = [text for row in sts_train() for text in row]
+    int8 = {
+        "kind": "quantize",
+        "scheme": "int8_static",
+        "embeddings": False,
+        "calibration": {"data": texts, "samples": 512},
+    }
+    schemes: dict[str, Steps] = {"fp32": [], "fp16": [HALF], "int8": [HALF, int8]}
+    table = Table("MiniLM: largest difference from fp32 eager, of the output's scale; STS-B", "engine")
+    table.add("eager", Spearman=sts_b_spearman(source.module, tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, steps in schemes.items():
+            graphopt.compile(
+                source, Path(folder) / name, passes=[*TensorRtBackend.standard_passes, *steps],
+                target={"backend": "tensorrt"}, dims={"batch": (1, 64), "sequence": (2, 128)},
+            )  # fmt: skip
+            engine = graphopt.load(Path(folder) / name)
+            cells = {f"{batch} x {sequence}": off(engine, source.module, batch, sequence) for batch, sequence in SIZES}
+            table.add(name, **cells, Spearman=sts_b_spearman(engine, tokenizer))
+            if name in PARITY:
+                goal = f"MiniLM in {name}: largest difference from eager"
+                results.goals.append(Goal.at_most(goal, PARITY[name], max(cells.values())))
+    results.tables.append(table)
+
+
+def sts_train() -> list[tuple[str, str]]:
+    from benchmarks.assets import sts_b
+
+    return [(first, second) for _, first, second in sts_b("train")[:256]]
+
+
+def off(engine: graphopt.Engine, module: torch.nn.Module, batch: int, sequence: int) -> float:
+    """On random tokens, the last rows padded: how far the tokens that the mask keeps are from eager, of the output's scale."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, (batch, sequence), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[batch // 2 + 1 :, sequence // 2 :] = 0
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    with torch.inference_mode():
+        wanted = module(**feeds).last_hidden_state[mask.bool()]
+    got = engine(**feeds)["last_hidden_state"].float()[mask.bool()]
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def story(results: Results) -> None:
+    """SmolLM2's greedy tokens: in fp32 and fp16 on the GPU, in fp32 on the CPU."""
+    source = graphopt.load_model(str(smollm2()))
+    assert source.files is not None
+    tokenizer = load_tokenizer(source.files)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    rows: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
+        "CPU, onnxruntime fp32": ("onnxruntime", "cpu", []),
+        "TensorRT fp32": ("tensorrt", "", []),
+        "TensorRT fp16": ("tensorrt", "", [HALF]),
+        "CUDA, onnxruntime fp16": ("onnxruntime", "cuda", [HALF]),
+    }
+    table = Table(f"SmolLM2: {NEW} greedy tokens of {len(TEXTS)} prompts, a static cache", "engine")
+    expected: list[list[int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index, (name, (backend, provider, steps)) in enumerate(rows.items()):
+            try:
+                made = compiled(source, Path(folder) / str(index), backend, provider, steps)
+                rows_of = Generator(made).generate(prompts, max_new_tokens=NEW)
+                tokens = [row.tokens for row in rows_of]
+                seconds = engine_steps(made, prompts[0])[1]
+            except (GraphoptError, RuntimeError) as error:
+                table.notes.append(f"{name}: {str(error).splitlines()[0]}")
+                continue
+            expected = expected or tokens
+            equal = sum(
+                a == b for own, other in zip(tokens, expected, strict=True) for a, b in zip(own, other, strict=True)
+            )
+            table.add(
+                name, tokens_as_the_CPU=equal, of=NEW * len(TEXTS), tokens_a_second=1 / statistics.median(seconds)
+            )
+            if name == "TensorRT fp32":
+                results.goals.append(Goal.at_least("SmolLM2: tokens as the CPU engine's", NEW * len(TEXTS), equal))
+    results.tables.append(table)
+
+
+def compiled(source: graphopt.Source, folder: Path, backend: str, provider: str, steps: Steps) -> graphopt.Engine:
+    dtype = "fp16" if steps else "fp32"
+    cache = {"kind": "insert_kv_cache", "layout": "static", "max_length": ROOM, "logits": "last", "dtype": dtype}
+    fused = [{"kind": "fuse_cached_attention"}, {"kind": "merge_linears"}] if backend == "onnxruntime" else []
+    passes: list[Mapping[str, Any]] = [
+        {"kind": "canonicalize"}, {"kind": "fuse_attention"}, cache, *fused, {"kind": "fuse_norm"},
+        {"kind": "fuse_activation", "allow_no_match": True}, *steps,
+    ]  # fmt: skip
+    target = {"backend": backend, **({"provider": provider, "tactics": "fixed"} if provider else {})}
+    graphopt.compile(source, folder, passes=passes, target=target, dims={"batch": (1, 8), "sequence": (1, ROOM)})
+    return graphopt.load(folder)
