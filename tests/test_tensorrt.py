@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import graphopt
-from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.onnx.emitter import Dialect, Emitter, Unsupported
 from graphopt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.engine import PROVIDERS, shape_options
 from graphopt.backends.quirks import quirks_in_force
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBackend
 from graphopt.backends.tensorrt.dialect import OLD_OPSET, tensorrt_dialect
+from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Options, Profile, nearest_profile, profiles_of, shapes_in
 from graphopt.errors import MissingBackendError, PipelineError
 from graphopt.ir import Graph, Weight
@@ -108,6 +109,61 @@ def test_attention_has_a_causal_flag_or_a_mask(mask: str, causal: str, dialect: 
             assert not (flag and any(node.input[3:]))
 
 
+# Linears of few tokens
+
+LINEAR = """
+    input %x: f16[batch, sequence, 2048]
+    weight %w: f16[64, 2048]
+    weight %b: f16[64]
+    %y: f16[batch, sequence, 64] = aten.linear.default(input=%x, weight=%w{0})
+    output y = %y
+"""
+FEW: list[Profile] = [{"batch": (1, 1, 4), "sequence": (1, 32, 64)}]
+MANY: list[Profile] = [*FEW, {"batch": (1, 4, 4), "sequence": (1, 640, 640)}]
+
+
+def dialect_for(processors: int, profiles: list[Profile]) -> Dialect:
+    return tensorrt_dialect(lambda op: True, device=Device(processors, profiles))
+
+
+@pytest.mark.parametrize("bias", ["", ", bias=%b"], ids=["alone", "bias"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_long_sum_with_few_tiles_is_taken_in_parts(bias: str, sizes: Mapping[str, int]) -> None:
+    graph = graph_of(LINEAR.format(bias))
+    for name in "wb":
+        own = graph.weights[name].load()
+        graph.weights[name] = Weight.of(own / 32)
+    model = emit(graph, dialect_for(132, FEW))
+    ops = [node.op_type for node in model.graph.node]
+    assert (ops.count("MatMul"), ops.count("ReduceSum")) == (1, 1)
+    inputs = inputs_of(graph, dict(sizes))
+    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processors", "profiles", "reason"),
+    [
+        ({}, 132, MANY, "enough tiles"),
+        ({}, 3, FEW, "enough tiles"),
+        ({"2048": "2046"}, 132, FEW, "a short sum, or fp32"),
+        ({"2048": "1024"}, 132, FEW, "a short sum, or fp32"),
+        ({"f16": "f32"}, 132, FEW, "a short sum, or fp32"),
+    ],
+)
+def test_other_linears_stay_whole(
+    changes: dict[str, str], processors: int, profiles: list[Profile], reason: str
+) -> None:
+    body = LINEAR.format("")
+    for old, new in changes.items():
+        body = body.replace(old, new)
+    graph = graph_of(body)
+    dialect = dialect_for(processors, profiles)
+    assert Emitter(graph, dialect).used_forms == {"whole": 1}
+    (node,) = graph.nodes
+    with pytest.raises(Unsupported, match=reason):
+        dialect.forms["aten.linear"]["parts"](Emitter(graph, dialect), node)
+
+
 # Profiles
 
 BERT = "input %x: i64[batch, sequence]\n    input %past: f32[batch, 3, sequence + 2]\n    output y = %x\n"
@@ -130,7 +186,7 @@ def test_a_profile_for_each_expected_shape_and_one_for_all() -> None:
 
 def test_profiles_may_be_given() -> None:
     graph = load(program(TOKENS + "    " + BERT))
-    own = {"batch": (1, 2, 4), "sequence": (2, 8, 32)}, {"batch": (1, 1, 1), "sequence": (2, 8, 32)}
+    own = {"batch": (1, 2, 4), "sequence": (2, 8, 64)}, {"batch": (1, 1, 1), "sequence": (2, 8, 32)}
     assert found_in(graph, Options(profiles=own)) == list(own)
     assert nearest_profile(list(own), {"batch": 1, "sequence": 9}) == 1
 
@@ -142,6 +198,8 @@ def test_profiles_may_be_given() -> None:
         ({"shapes": [{"batch": 1}]}, "no size for sequence"),
         ({"shapes": [{"batch": 5, "sequence": 8}]}, "batch = 5 is outside"),
         ({"profiles": [{"batch": (1, 1, 1)}]}, "no size for sequence"),
+        ({"profiles": [{"batch": (1, 1, 4), "sequence": (2, 8, 32)}]}, "batch = 4, sequence = 64 fit none"),
+        ({"profiles": [{"batch": (1, 1, 4), "sequence": (4, 8, 64)}]}, "batch = 1, sequence = 2 fit none"),
     ],
 )
 def test_sizes_that_are_refused(options: dict[str, Any], reason: str) -> None:

@@ -22,7 +22,9 @@ LAYERS = [
     layer("/encoder/MatMul_myl0_8", "gemm", INT8, "Int8"),
     layer("__myl_AddCastMeanSubMulMean_myl0_8", "kgen", "__myl_AddCastMeanSubMulMean_0xf2543c36", "Half"),
     layer("_gemm_mha_v2_myl0_9", "kgen", "_gemm_mha_v2_0xd1e8", "Half"),
-    layer("/encoder/MatMul_myl2_7 [profile 1]", "gemm", HALF, "Half"),
+    layer("/encoder/MatMul [profile 1]_myl2_7", "gemm", HALF, "Half"),
+    layer("_gemm_mha_v2_myl2_8", "kgen", "_gemm_mha_v2_0xd1e8", "Half"),  # of the same part, so of that profile
+    layer("__myl_Fc_myl2_9", "fusion", HALF, "Half"),
     layer("fc", "CaskGemmMatrixMultiply", "sm80_xmma_sparse_gemm_f16f16_f16", "Row major linear FP16 format"),
     layer("plain", "MatrixMultiply", "", "Row major linear FP32"),
 ]

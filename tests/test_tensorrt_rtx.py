@@ -12,11 +12,19 @@ import torch
 import transformers as t
 
 import graphopt
+from graphopt.backend import no_progress
+from graphopt.backends.onnx.backend import MODEL, write_model
+from graphopt.backends.onnx.emitter import Emitter
 from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
+from graphopt.backends.tensorrt.builder import build_plan
+from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.engine import PLAN, unrunnable
-from graphopt.backends.tensorrt.flavours import RTX
+from graphopt.backends.tensorrt.flavours import RTX, parsed_ops
+from graphopt.backends.tensorrt.linears import Device
+from graphopt.backends.tensorrt.options import Options, profiles_of
 from graphopt.errors import BackendError, PipelineError
 from graphopt.sources import Source, transformers_source
+from graphopt.tracing import trace
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed (make env does)"
@@ -111,6 +119,20 @@ def test_an_engine_for_another_machine_is_built_and_said_not_to_be_run(tmp_path:
         engine(**texts()[0])
     with pytest.raises(PipelineError, match="has no option threads"):
         graphopt.load(tmp_path / "e", threads=2)
+
+
+def test_a_linear_in_parts_builds(tmp_path: Path) -> None:
+    """As for a GPU that is here and that so few tokens leave idle."""
+    module = torch.nn.Linear(2048, 64).eval().half()
+    axes = {"input": ("batch", "sequence", None)}
+    graph = trace(module, {"input": torch.ones(2, 8, 2048).half()}, axes, DIMS)
+    inputs = {name: value.type for name, value in graph.inputs.items()}
+    profiles = profiles_of(inputs, graph.dims, Options())
+    emitter = Emitter(graph, tensorrt_dialect(parsed_ops(RTX), device=Device(132, profiles)))
+    assert emitter.used_forms == {"parts": 1}
+    write_model(emitter, tmp_path)
+    plan = build_plan(RTX, tmp_path / MODEL, inputs, profiles, Options(compute_capabilities=("8.9",)), {}, no_progress)
+    assert plan.layers["MATRIX_MULTIPLY"] == plan.layers["REDUCE"] == 1
 
 
 def test_dynamic_products_are_refused_with_the_scheme_that_serves(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, opened_plan, unrunnable
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, parsed_ops
 from graphopt.backends.tensorrt.inspection import check_kernels, kernels_of, layers_of
+from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Options, profiles_of
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
@@ -63,7 +64,12 @@ class TensorRtBackend(Backend):
             own = self.flavour.version()
         except MissingBackendError:
             own = "0"
-        return Emitter(graph, tensorrt_dialect(parsed_ops(self.flavour), self.name, quirks_in_force(self.name, own)))
+        device = None
+        if self.unrunnable() is None:
+            inputs = {name: value.type for name, value in graph.inputs.items()}
+            device = Device.here(profiles_of(inputs, graph.dims, self.options, layout_of(graph)))
+        quirks = quirks_in_force(self.name, own)
+        return Emitter(graph, tensorrt_dialect(parsed_ops(self.flavour), self.name, quirks, device))
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
         inputs = {name: value.type for name, value in graph.inputs.items()}

@@ -13,14 +13,20 @@ from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered, Lowering, 
 from graphopt.backends.onnx.quantized import static_linear, static_linear_of_floats
 from graphopt.backends.quirks import Quirk
 from graphopt.backends.tensorrt.cached import appended, new_rows, without_buffers
+from graphopt.backends.tensorrt.linears import Device, linears
 from graphopt.ir import Node, Value
 
 #: The opset of importers that have none of the later ops.
 OLD_OPSET = 21
 
 
-def tensorrt_dialect(parses: Callable[[str], bool], name: str = "tensorrt", quirks: Sequence[Quirk] = ()) -> Dialect:
-    """The dialect of an importer. ``parses``: whether it knows an op."""
+def tensorrt_dialect(
+    parses: Callable[[str], bool],
+    name: str = "tensorrt",
+    quirks: Sequence[Quirk] = (),
+    device: Device | None = None,
+) -> Dialect:
+    """The dialect of an importer. ``parses``: whether it knows an op; ``device``: what linears are to fill, if that is known."""
     lowerings: dict[str, Lowering] = {**STANDARD.lowerings, **_WITHOUT_INTEGERS}
     forms: dict[str, Lowering] = {"products": products}
     if parses("Attention"):
@@ -33,10 +39,12 @@ def tensorrt_dialect(parses: Callable[[str], bool], name: str = "tensorrt", quir
     if not parses("RotaryEmbedding"):
         lowerings["graphopt.rotary_embedding"] = _rotary
     opset = OPSET if parses("RMSNormalization") else OLD_OPSET
-    linears = {"integers": static_linear, "floats": static_linear_of_floats}
-    return Dialect(
-        name, {"": opset}, lowerings, {"graphopt.attention": forms, "graphopt.static_linear": linears}, quirks
-    )
+    forms_of = {
+        "graphopt.attention": forms,
+        "graphopt.static_linear": {"integers": static_linear, "floats": static_linear_of_floats},
+        "aten.linear": linears(device),
+    }
+    return Dialect(name, {"": opset}, lowerings, forms_of, quirks)
 
 
 def _attention(e: Emitter, node: Node) -> Lowered:

@@ -22,6 +22,7 @@ _BY_OPERAND = (
     ("int8", "int8"), ("fp8", "fp8"), ("bf", "bf16"), ("half", "fp16"), ("fp16", "fp16"), ("float", "fp32"), ("fp32", "fp32"),
 )  # fmt: skip
 _ATTENTION = re.compile(r"mha|fmha|flash", re.IGNORECASE)
+_PART = re.compile(r"_(myl\d+)_\d+$")
 _PRODUCT = re.compile(r"gemm|gemv|matrixmultiply|matmul|conv(?!ert)", re.IGNORECASE)
 
 
@@ -65,15 +66,23 @@ def layers_of(trt: Any, engine: Any) -> list[Layer]:
 
 
 def parsed(layers: Iterable[Any]) -> list[Layer]:
-    """Layers as the inspector's JSON has them; without details they are names alone."""
+    """Layers of the first profile as the inspector's JSON has them; without details they are names alone."""
+    entries: list[dict[str, Any]] = [{"Name": layer} if isinstance(layer, str) else layer for layer in layers]
+    later = {_part_of(entry["Name"]) for entry in entries if "[profile " in entry["Name"]} - {None}
     found = []
-    for layer in layers:
-        entry: dict[str, Any] = {"Name": layer} if isinstance(layer, str) else layer
-        if "[profile " in entry["Name"]:
+    for entry in entries:
+        if "[profile " in entry["Name"] or _part_of(entry["Name"]) in later:
             continue
         reads = tuple(str(operand.get("Format/Datatype", "")) for operand in entry.get("Inputs", ()))
         found.append(Layer(entry["Name"], entry.get("LayerType", ""), entry.get("TacticName", ""), reads))
     return found
+
+
+def _part_of(name: str) -> str | None:
+    """The part of an engine that a compiled layer is of (``..._myl2_92``): fused ones do not say which profile theirs is for,
+    others of the same part do."""
+    found = _PART.search(name)
+    return None if found is None else found[1]
 
 
 def kernels_of(layers: Sequence[Layer]) -> dict[str, int]:

@@ -68,6 +68,7 @@ def profiles_of(
     if options.profiles is not None:
         for profile in options.profiles:
             _check_names(dims, profile, "target.options.profiles")
+        _check_ends(dims, list(options.profiles))
         return list(options.profiles)
     for shape in options.shapes:
         _check_names(dims, shape, "target.options.shapes")
@@ -92,6 +93,19 @@ def _check_names(dims: Mapping[str, DimRange], given: Mapping[str, object], wher
     missing = dims.keys() - given.keys()
     if missing:
         raise PipelineError(f"no size for {', '.join(sorted(missing))}", where=where)
+
+
+def _check_ends(dims: Mapping[str, DimRange], profiles: list[Profile]) -> None:
+    """The smallest and the largest sizes that ``dims`` declares must fit into a profile each."""
+    for bounds in ({name: own.min for name, own in dims.items()}, {name: own.max for name, own in dims.items()}):
+        known = {name: size for name, size in bounds.items() if size is not None}
+        if len(known) == len(dims) and nearest_profile(profiles, known) is None:
+            sizes = ", ".join(f"{name} = {size}" for name, size in known.items())
+            raise PipelineError(
+                f"{sizes} fit none of the profiles, and dims allow them",
+                where="target.options.profiles",
+                hint="narrow dims, or widen a profile",
+            )
 
 
 def _whole(inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange]) -> Profile:

@@ -1,0 +1,83 @@
+"""Linears of few tokens on a wide GPU: one product of many features as several of fewer, which are summed.
+
+A product ``[M, K] x [K, N]`` runs on as many processors as its result has tiles, each of which adds up all of K. Where that
+leaves most of them idle, parts of K are products of their own (split-K), in one batch::
+
+    y = MatMul(x, W) + b     ->     y = ReduceSum(MatMul([P, M, K/P], [P, K/P, N]), axis 0) + b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Unsupported
+from graphopt.backends.onnx.lowerings import LOWERINGS
+from graphopt.backends.onnx.quantized import with_bias
+from graphopt.backends.tensorrt.options import Profile
+from graphopt.dims import evaluate
+from graphopt.ir import Node
+
+_TILE = 64  # rows and columns of the smallest tiles that kernels take for such products
+_PARTS = 4
+_LONG = 2048  # features, from which on a sum is long
+
+
+@dataclass(frozen=True)
+class Device:
+    """What products are to fill: ``processors`` of the GPU, at the expected sizes of these ``profiles``."""
+
+    processors: int
+    profiles: Sequence[Profile]
+
+    @classmethod
+    def here(cls, profiles: Sequence[Profile]) -> Device | None:
+        """The GPU of this machine, if there is one."""
+        if not torch.cuda.is_available():
+            return None
+        return cls(torch.cuda.get_device_properties(0).multi_processor_count, profiles)
+
+    def is_idle(self, node: Node) -> bool:
+        """Whether a linear leaves three quarters of the processors idle, at all of the sizes."""
+        channels = node.args["weight"].type.shape[0]
+        lead = node.args["input"].type.shape[:-1]
+        for profile in self.profiles:
+            env = {name: best for name, (_, best, _) in profile.items()}
+            rows = 1
+            for size in lead:
+                rows *= evaluate(size, env)
+            if -(-rows // _TILE) * -(-int(channels) // _TILE) * 4 > self.processors:
+                return False
+        return True
+
+
+def in_parts(device: Device) -> Lowering:
+    """Linears in half precision whose sums are long and whose tiles are few."""
+
+    def lower(e: Emitter, node: Node) -> Lowered:
+        x, weight, bias = (node.args[key] for key in ("input", "weight", "bias"))
+        features, dtype = weight.type.shape[-1], weight.type.dtype
+        wanted = dtype in (torch.float16, torch.bfloat16) and e.is_weight(weight) and len(x.type.shape) > 1
+        if not (wanted and isinstance(features, int) and features >= _LONG and features % _PARTS == 0):
+            raise Unsupported("a short sum, or fp32")
+        if not device.is_idle(node):
+            raise Unsupported("enough tiles")
+        channels = weight.type.shape[0]
+        each = features // _PARTS
+        rows = e.op("Transpose", e.op("Reshape", e.value(x), e.vector((-1, _PARTS, each))), perm=[1, 0, 2])
+        columns = e.once(
+            ("in parts", weight.name),
+            lambda: e.op("Transpose", e.reshape(e.value(weight), (channels, _PARTS, each)), perm=[1, 2, 0]),
+        )
+        total = e.op("ReduceSum", e.op("MatMul", rows, columns), e.vector([0]), keepdims=0)
+        return with_bias(e, e.reshape(total, (*x.type.shape[:-1], channels)), bias)
+
+    return lower
+
+
+def linears(device: Device | None) -> dict[str, Lowering]:
+    """The forms of a linear for a device, by name."""
+    whole = {"whole": LOWERINGS["aten.linear"]}
+    return whole if device is None else {"parts": in_parts(device), **whole}
