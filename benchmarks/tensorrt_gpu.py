@@ -1,13 +1,16 @@
-"""TensorRT on a GPU: parity, latency and kernels of a BERT-large encoder in fp16 and int8, and decoding of a Llama of 1B.
+"""TensorRT on a GPU: parity, latency and kernels of a BERT-large encoder in fp16 and int8, decoding of a Llama of 1B, and MiniLM
+and SmolLM2 with their real weights.
 
-    python -m benchmarks.tensorrt_gpu [encoder] [int8] [decode] [--layers 24] [--kernels]
+    python -m benchmarks.tensorrt_gpu [encoder] [decode] [models] [--layers 24] [--kernels]
 
-Beside torch.compile in the same process and, for the encoder, the plain export of torch built by the same builder. Weights are
-random: nothing is downloaded. Needs an NVIDIA GPU and TensorRT; writes ``results/tensorrt_gpu.{md,json}``."""
+The encoder beside torch.compile, the plain export of torch built by the same builder, and ONNX Runtime's CUDA provider; BERT and
+Llama have random weights: nothing is downloaded. Needs an NVIDIA GPU and TensorRT; each part writes
+``results/tensorrt_<part>.{md,json}``."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 from collections import defaultdict
@@ -24,6 +27,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 import graphopt
 from benchmarks.cuda_decoding import agreement, engine_steps, torch_steps
 from benchmarks.measure import Goal, Results, Table, summary_table
+from benchmarks.tensorrt_models import HALF, sentences, story
 from graphopt.backend import no_progress
 from graphopt.backends.tensorrt.backend import TensorRtBackend
 from graphopt.backends.tensorrt.builder import build_plan
@@ -32,7 +36,9 @@ from graphopt.backends.tensorrt.flavours import TENSORRT
 from graphopt.backends.tensorrt.inspection import kernels_of, layers_of
 from graphopt.backends.tensorrt.options import Options
 from graphopt.dims import Dim
+from graphopt.errors import GraphoptError
 from graphopt.ir import DimRange, TensorType
+from graphopt.runtime.engine import Engine
 from graphopt.sources import transformers_source
 
 SHAPES = ((1, 128), (8, 128), (32, 128), (32, 384))
@@ -43,7 +49,7 @@ DIMS = {"batch": (1, 32), "sequence": (2, 384)}
 FP16_PARITY, DECODE_GAIN, BANDWIDTH = 5e-3, 1.3, 0.6
 PASTS, ROOM = (128, 2048), 2304
 RUNS = 50
-HALF = {"kind": "cast", "norms": "half"}
+ACCUMULATE = "fp32"
 Call = Callable[[], Any]
 
 
@@ -76,19 +82,32 @@ class Encoder:
     def __init__(self, layers: int, folder: Path) -> None:
         torch.manual_seed(0)
         config = BertConfig(hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096)
-        self.model, self.folder = BertModel(config).eval(), folder
+        self.model, self.folder, self.layers = BertModel(config).eval(), folder, layers
         self.half = BertModel(config).eval()
         self.half.load_state_dict(self.model.state_dict())
         self.half = self.half.half().cuda()
 
-    def compiled(self, name: str, *steps: Mapping[str, Any]) -> graphopt.Compiled:
-        """Our engine: a profile for each shape and one for all sizes."""
+    def compiled(self, name: str, *steps: Mapping[str, Any], alone: bool = False) -> Engine:
+        """Our engine: a profile for each shape and one for all sizes; ``alone``: for the first shape only."""
         shapes = [{"batch": batch, "sequence": sequence} for batch, sequence in SHAPES]
-        return graphopt.compile(
+        (batch, sequence), options = SHAPES[0], {"accumulate": ACCUMULATE}
+        made = graphopt.compile(
             transformers_source(self.model.cpu(), name="bert-large"), self.folder / name,
             passes=[*TensorRtBackend.standard_passes, *steps],
-            target={"backend": "tensorrt", "options": {"shapes": shapes}}, dims=DIMS,
+            target={"backend": "tensorrt", "options": options if alone else {**options, "shapes": shapes}},
+            dims={"batch": (1, 2 * batch), "sequence": (2, sequence)} if alone else DIMS,
         )  # fmt: skip
+        for warning in made.report.warnings:
+            print(f"{name}: {warning}"[:300])
+        return graphopt.load(made.folder, cuda_graphs=True)
+
+    def on_cuda(self, name: str) -> Engine:
+        """The same passes for ONNX Runtime's CUDA provider."""
+        made = graphopt.compile(
+            transformers_source(self.model.cpu(), name="bert-large"), self.folder / name,
+            passes=[*TensorRtBackend.standard_passes, HALF], target={"provider": "cuda", "tactics": "fixed"}, dims=DIMS,
+        )  # fmt: skip
+        return made.engine
 
     def exported(self) -> PlainEngine:
         """The plain export of the half model, built with the same profiles."""
@@ -135,56 +154,65 @@ class PlainEngine(TensorRtEngine):
 def encoder(results: Results, layers: int, kernels: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Encoder(layers, Path(folder))
-        made.compiled("fp16", HALF)
-        engine = graphopt.load(Path(folder) / "fp16", cuda_graphs=True)
-        plain = made.exported()
-        parity(results, made, {"fp16": engine, "torch fp16": made.half})
-        fast: Call = torch.compile(made.half, mode="reduce-overhead", dynamic=False)
-        table = Table(f"BERT of {layers} layers in fp16, median ms, CUDA graphs on all sides", "batch x sequence")
-        for batch, sequence in SHAPES:
-            feeds = inputs_of(batch, sequence)
-            with torch.inference_mode():
-                peer = median_ms(partial(fast, **feeds))
-            own, other = median_ms(partial(engine, **feeds)), median_ms(partial(plain, **feeds))
-            size = f"{batch} x {sequence}"
-            table.add(size, torch_compile=peer, plain_export=other, graphopt=own, over_torch=own / peer)
-            results.goals += [
-                Goal.at_most(f"{size}: fp16 / torch.compile", AGAINST_TORCH[batch, sequence], own / peer),
-                Goal.at_most(f"{size}: fp16 / the plain export", 1.0, own / other),
-            ]
-        results.tables.append(table)
-        counts = Table("Kernels of the first profile, by the inspector", "engine")
-        for name, each in (("graphopt fp16", engine), ("plain export", plain)):
-            assert isinstance(each, TensorRtEngine)
-            counts.add(name, **kernels_of(layers_of(TENSORRT.module(), each.opened().engine)))
-            if kernels:
-                results.tables += [slowest(name, each, *size) for size in (SHAPES[0], SHAPES[2])]
-        results.tables.append(counts)
-
-
-def int8(results: Results, layers: int, kernels: bool) -> None:
-    """Against our fp16, in the same process."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = Encoder(layers, Path(folder))
+        sides: dict[str, Call] = {"torch.compile": torch.compile(made.half, mode="reduce-overhead", dynamic=False)}
+        times = {name: latencies(side) for name, side in sides.items()}
         data = [{name: tensor.cpu() for name, tensor in inputs_of(4, 64).items()}]
         quantize = {"kind": "quantize", "scheme": "int8_static", "embeddings": False, "calibration": {"data": data}}
-        made.compiled("fp16", HALF)
-        report = made.compiled("int8", HALF, quantize).report
-        half, whole = (graphopt.load(Path(folder) / name, cuda_graphs=True) for name in ("fp16", "int8"))
-        parity(results, made, {"int8": whole})
-        table = Table(f"BERT of {layers} layers in int8, median ms", "batch x sequence")
-        table.notes += report.warnings
-        for batch, sequence in SHAPES:
-            feeds = inputs_of(batch, sequence)
-            one, other = median_ms(partial(half, **feeds)), median_ms(partial(whole, **feeds))
-            table.add(f"{batch} x {sequence}", fp16=one, int8=other, gain=one / other)
-            if (batch, sequence) in INT8_GAIN:
-                goal = INT8_GAIN[batch, sequence]
-                results.goals.append(Goal.at_least(f"{batch} x {sequence}: int8 over our fp16", goal, one / other))
-        results.tables.append(table)
-        if kernels:
-            assert isinstance(whole, TensorRtEngine)
-            results.tables += [slowest("int8", whole, *size) for size in (SHAPES[0], SHAPES[2])]
+        engines: dict[str, Callable[[], Engine]] = {
+            "plain export": made.exported,
+            "fp16": lambda: made.compiled("fp16", HALF),
+            "int8": lambda: made.compiled("int8", HALF, quantize),
+            "fp16, for 1 x 128": lambda: made.compiled("alone", HALF, alone=True),
+            "int8, for 1 x 128": lambda: made.compiled("alone8", HALF, quantize, alone=True),
+            "ONNX Runtime CUDA": lambda: made.on_cuda("cuda"),
+        }
+        counts = Table("Kernels of the first profile, by the inspector", "engine")
+        for name, build in engines.items():
+            try:
+                engine = build()
+                sides[name], times[name] = engine, latencies(engine, SHAPES[:1] if " for " in name else SHAPES)
+            except (GraphoptError, RuntimeError) as error:
+                counts.notes.append(f"{name}: {str(error).splitlines()[0][:200]}")
+                continue
+            print(name, times[name], flush=True)
+            if isinstance(engine, TensorRtEngine):
+                counts.add(name, **kernels_of(layers_of(TENSORRT.module(), engine.opened().engine)))
+                shapes = (SHAPES[0], SHAPES[2]) if kernels and " for " not in name else ()
+                results.tables += [slowest(name, engine, *size) for size in shapes]
+        speed(results, layers, times)
+        results.tables.append(counts)
+        wanted = [name for name in ("fp16", "int8", "plain export") if name in sides]
+        parity(results, made, {**{name: sides[name] for name in wanted}, "torch fp16": made.half})
+
+
+def latencies(side: Call, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[tuple[int, int], float]:
+    found = {}
+    for batch, sequence in shapes:
+        feeds = inputs_of(batch, sequence)
+        with torch.inference_mode():
+            found[batch, sequence] = median_ms(partial(side, **feeds))
+    return found
+
+
+def speed(results: Results, layers: int, times: Mapping[str, Mapping[tuple[int, int], float]]) -> None:
+    table = Table(f"BERT of {layers} layers in half precision and int8, median ms, CUDA graphs", "batch x sequence")
+    table.notes.append("engines are for all shapes but where one is named; ONNX Runtime without a CUDA graph")
+    for shape in SHAPES:
+        each = {name: own[shape] for name, own in times.items() if shape in own}
+        table.add(f"{shape[0]} x {shape[1]}", **each)
+        fp16, int8 = (
+            min((own for name, own in each.items() if name.startswith(kind)), default=math.nan)
+            for kind in ("fp16", "int8")
+        )
+        row = f"{shape[0]} x {shape[1]}"
+        results.goals.append(
+            Goal.at_most(f"{row}: fp16 / torch.compile", AGAINST_TORCH[shape], fp16 / each["torch.compile"])
+        )
+        if "plain export" in each:
+            results.goals.append(Goal.at_most(f"{row}: fp16 / the plain export", 1.0, fp16 / each["plain export"]))
+        if shape in INT8_GAIN:
+            results.goals.append(Goal.at_least(f"{row}: int8 over our fp16", INT8_GAIN[shape], fp16 / int8))
+    results.tables.append(table)
 
 
 def parity(results: Results, made: Encoder, engines: Mapping[str, Call]) -> None:
@@ -248,7 +276,7 @@ def decode(results: Results) -> None:
     with tempfile.TemporaryDirectory() as folder:
         graphopt.compile(
             transformers_source(model, name="llama-1b"), Path(folder) / "engine", passes=decoder_passes(),
-            target={"backend": "tensorrt", "options": {"profiles": profiles}},
+            target={"backend": "tensorrt", "options": {"profiles": profiles, "accumulate": ACCUMULATE}},
             dims={"batch": (1, 2), "sequence": (1, ROOM)}, force=True,
         )  # fmt: skip
         engine = graphopt.load(Path(folder) / "engine")
@@ -281,26 +309,28 @@ def copy_bandwidth() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tensorrt_gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="*", choices=[[], "encoder", "int8", "decode"], help="all by default")
+    parser.add_argument("part", nargs="*", choices=[[], "encoder", "decode", "models"], help="all by default")
     parser.add_argument("--layers", type=int, default=24, help="of the encoder")
     parser.add_argument("--kernels", action="store_true", help="the slowest layers as well")
     asked = parser.parse_args()
-    results = Results("tensorrt_gpu")
-    gpu = torch.cuda.get_device_name()
-    results.environment |= {"GPU": gpu, "CUDA": torch.version.cuda, "TensorRT": TENSORRT.version()}
-    parts: dict[str, Call] = {
-        "encoder": partial(encoder, results, asked.layers, asked.kernels),
-        "int8": partial(int8, results, asked.layers, asked.kernels),
-        "decode": partial(decode, results),
-    }
+    parts: dict[str, Callable[[Results], None]] = {
+        "encoder": lambda results: encoder(results, asked.layers, asked.kernels), "decode": decode, "models": models
+    }  # fmt: skip
     console = Console(width=160)
     for name in asked.part or parts:
-        shown = len(results.tables)
-        parts[name]()
-        for table in results.tables[shown:]:
+        results = Results(f"tensorrt_{name}")
+        driver = torch.cuda.get_device_properties(0)
+        results.environment |= {"GPU": driver.name, "CUDA": torch.version.cuda, "TensorRT": TENSORRT.version()}
+        parts[name](results)
+        for table in results.tables:
             table.show(console)
-    summary_table(results.goals).show(console)
-    results.write()
+        summary_table(results.goals).show(console)
+        results.write()
+
+
+def models(results: Results) -> None:
+    sentences(results)
+    story(results)
 
 
 if __name__ == "__main__":

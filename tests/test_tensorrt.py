@@ -140,6 +140,20 @@ def test_a_long_sum_with_few_tiles_is_taken_in_parts(bias: str, sizes: Mapping[s
     assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-2)
 
 
+@pytest.mark.parametrize("profiles", [FEW, MANY], ids=["parts", "whole"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sums_in_fp32_are_products_between_casts(profiles: list[Profile], sizes: Mapping[str, int]) -> None:
+    dialect = tensorrt_dialect(lambda op: True, device=Device(132, profiles), wide_sums=True)
+    graph = graph_of(LINEAR.format(", bias=%b"))
+    inputs = inputs_of(graph, dict(sizes))
+    model = emit(graph, dialect)
+    ops = [node.op_type for node in model.graph.node]
+    assert (ops.count("MatMul"), ops.count("Cast"), ops.count("ReduceSum")) == (1, 3, int(profiles is FEW))
+    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-1)  # of sums of 2048 products
+    body = LINEAR.format("").replace("f16", "f32")
+    assert Emitter(graph_of(body), dialect).used_forms == {"whole": 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "processors", "profiles", "reason"),
     [

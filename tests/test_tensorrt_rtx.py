@@ -121,6 +121,14 @@ def test_an_engine_for_another_machine_is_built_and_said_not_to_be_run(tmp_path:
         graphopt.load(tmp_path / "e", threads=2)
 
 
+def test_sums_in_fp32_build(tmp_path: Path) -> None:
+    step = {"kind": "cast", "norms": "half"}
+    made = compiled(bert(), tmp_path / "e", step, options={"accumulate": "fp32"})
+    assert made.report.emitted is not None
+    assert made.report.emitted.holds
+    assert made.report.engine_ops["CAST"] > 2 * 13  # around each product
+
+
 def test_a_linear_in_parts_builds(tmp_path: Path) -> None:
     """As for a GPU that is here and that so few tokens leave idle."""
     module = torch.nn.Linear(2048, 64).eval().half()

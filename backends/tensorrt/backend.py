@@ -69,7 +69,8 @@ class TensorRtBackend(Backend):
             inputs = {name: value.type for name, value in graph.inputs.items()}
             device = Device.here(profiles_of(inputs, graph.dims, self.options, layout_of(graph)))
         quirks = quirks_in_force(self.name, own)
-        return Emitter(graph, tensorrt_dialect(parsed_ops(self.flavour), self.name, quirks, device))
+        wide = self.options.accumulate == "fp32"
+        return Emitter(graph, tensorrt_dialect(parsed_ops(self.flavour), self.name, quirks, device, wide))
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
         inputs = {name: value.type for name, value in graph.inputs.items()}

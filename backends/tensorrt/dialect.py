@@ -25,8 +25,10 @@ def tensorrt_dialect(
     name: str = "tensorrt",
     quirks: Sequence[Quirk] = (),
     device: Device | None = None,
+    wide_sums: bool = False,
 ) -> Dialect:
-    """The dialect of an importer. ``parses``: whether it knows an op; ``device``: what linears are to fill, if that is known."""
+    """The dialect of an importer. ``parses``: whether it knows an op; ``device``: what linears are to fill, if that is known;
+    ``wide_sums``: linears of half precision are summed in fp32."""
     lowerings: dict[str, Lowering] = {**STANDARD.lowerings, **_WITHOUT_INTEGERS}
     forms: dict[str, Lowering] = {"products": products}
     if parses("Attention"):
@@ -42,7 +44,7 @@ def tensorrt_dialect(
     forms_of = {
         "graphopt.attention": forms,
         "graphopt.static_linear": {"integers": static_linear, "floats": static_linear_of_floats},
-        "aten.linear": linears(device),
+        "aten.linear": linears(device, wide_sums),
     }
     return Dialect(name, {"": opset}, lowerings, forms_of, quirks)
 

@@ -8,20 +8,22 @@ leaves most of them idle, parts of K are products of their own (split-K), in one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Unsupported
 from graphopt.backends.onnx.lowerings import LOWERINGS
-from graphopt.backends.onnx.quantized import with_bias
+from graphopt.backends.onnx.quantized import turned, with_bias
 from graphopt.backends.tensorrt.options import Profile
 from graphopt.dims import evaluate
 from graphopt.ir import Node
 
 _TILE = 64  # rows and columns of the smallest tiles that kernels take for such products
 _PARTS = 4
+_HALVES = (torch.float16, torch.bfloat16)
 _LONG = 2048  # features, from which on a sum is long
 
 
@@ -53,13 +55,13 @@ class Device:
         return True
 
 
-def in_parts(device: Device) -> Lowering:
+def in_parts(device: Device, product: Callable[[Emitter, ir.Value, ir.Value, torch.dtype], ir.Value]) -> Lowering:
     """Linears in half precision whose sums are long and whose tiles are few."""
 
     def lower(e: Emitter, node: Node) -> Lowered:
         x, weight, bias = (node.args[key] for key in ("input", "weight", "bias"))
         features, dtype = weight.type.shape[-1], weight.type.dtype
-        wanted = dtype in (torch.float16, torch.bfloat16) and e.is_weight(weight) and len(x.type.shape) > 1
+        wanted = dtype in _HALVES and e.is_weight(weight) and len(x.type.shape) > 1
         if not (wanted and isinstance(features, int) and features >= _LONG and features % _PARTS == 0):
             raise Unsupported("a short sum, or fp32")
         if not device.is_idle(node):
@@ -71,13 +73,33 @@ def in_parts(device: Device) -> Lowering:
             ("in parts", weight.name),
             lambda: e.op("Transpose", e.reshape(e.value(weight), (channels, _PARTS, each)), perm=[1, 2, 0]),
         )
-        total = e.op("ReduceSum", e.op("MatMul", rows, columns), e.vector([0]), keepdims=0)
+        total = e.op("ReduceSum", product(e, rows, columns, dtype), e.vector([0]), keepdims=0)
         return with_bias(e, e.reshape(total, (*x.type.shape[:-1], channels)), bias)
 
     return lower
 
 
-def linears(device: Device | None) -> dict[str, Lowering]:
-    """The forms of a linear for a device, by name."""
-    whole = {"whole": LOWERINGS["aten.linear"]}
-    return whole if device is None else {"parts": in_parts(device), **whole}
+def summed_wide(e: Emitter, node: Node) -> Lowered:
+    """Half precision, summed in fp32."""
+    x, weight, bias = (node.args[key] for key in ("input", "weight", "bias"))
+    if weight.type.dtype not in _HALVES:
+        raise Unsupported("no half precision")
+    return with_bias(e, wide_product(e, e.value(x), turned(e, e.value(weight)), weight.type.dtype), bias)
+
+
+def narrow_product(e: Emitter, a: ir.Value, b: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """Summed as the builder's kernels do: those of 10.6 often in fp16."""
+    return e.op("MatMul", a, b)
+
+
+def wide_product(e: Emitter, a: ir.Value, b: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """Summed in fp32: a product of fp32 between casts, which the compiler makes one kernel of half precision of."""
+    wide = e.cast(a, dtype, torch.float32), e.once(("wide", b.name), lambda: e.cast(b, dtype, torch.float32))
+    return e.cast(e.op("MatMul", *wide), torch.float32, dtype)
+
+
+def linears(device: Device | None, wide: bool) -> dict[str, Lowering]:
+    """The forms of a linear, by name: for a device, if it is known; ``wide``: with sums in fp32."""
+    forms: dict[str, Lowering] = {"summed wide": summed_wide} if wide else {}
+    forms["whole"] = LOWERINGS["aten.linear"]
+    return forms if device is None else {"parts": in_parts(device, wide_product if wide else narrow_product), **forms}
