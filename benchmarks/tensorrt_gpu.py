@@ -49,7 +49,6 @@ DIMS = {"batch": (1, 32), "sequence": (2, 384)}
 FP16_PARITY, DECODE_GAIN, BANDWIDTH = 5e-3, 1.3, 0.6
 PASTS, ROOM = (128, 2048), 2304
 RUNS = 50
-ACCUMULATE = "fp32"
 Call = Callable[[], Any]
 
 
@@ -90,11 +89,11 @@ class Encoder:
     def compiled(self, name: str, *steps: Mapping[str, Any], alone: bool = False) -> Engine:
         """Our engine: a profile for each shape and one for all sizes; ``alone``: for the first shape only."""
         shapes = [{"batch": batch, "sequence": sequence} for batch, sequence in SHAPES]
-        (batch, sequence), options = SHAPES[0], {"accumulate": ACCUMULATE}
+        batch, sequence = SHAPES[0]
         made = graphopt.compile(
             transformers_source(self.model.cpu(), name="bert-large"), self.folder / name,
             passes=[*TensorRtBackend.standard_passes, *steps],
-            target={"backend": "tensorrt", "options": options if alone else {**options, "shapes": shapes}},
+            target={"backend": "tensorrt", "options": {} if alone else {"shapes": shapes}},
             dims={"batch": (1, 2 * batch), "sequence": (2, sequence)} if alone else DIMS,
         )  # fmt: skip
         for warning in made.report.warnings:
@@ -276,7 +275,7 @@ def decode(results: Results) -> None:
     with tempfile.TemporaryDirectory() as folder:
         graphopt.compile(
             transformers_source(model, name="llama-1b"), Path(folder) / "engine", passes=decoder_passes(),
-            target={"backend": "tensorrt", "options": {"profiles": profiles, "accumulate": ACCUMULATE}},
+            target={"backend": "tensorrt", "options": {"profiles": profiles}},
             dims={"batch": (1, 2), "sequence": (1, ROOM)}, force=True,
         )  # fmt: skip
         engine = graphopt.load(Path(folder) / "engine")

@@ -26,7 +26,6 @@ PARITY = {"fp32": 1e-4, "fp16": 5e-3}
 SIZES = ((1, 128), (8, 128), (5, 77))
 TEXTS = ("The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at")
 NEW, ROOM = 64, 512
-OPTIONS = {"accumulate": "fp32"}
 HALF = {"kind": "cast", "norms": "half"}
 Steps = Sequence[Mapping[str, Any]]
 
@@ -51,7 +50,7 @@ def sentences(results: Results) -> None:
             try:
                 graphopt.compile(
                     source, Path(folder) / name, passes=[*TensorRtBackend.standard_passes, *steps],
-                    target={"backend": "tensorrt", "options": OPTIONS}, dims={"batch": (1, 64), "sequence": (2, 128)},
+                    target={"backend": "tensorrt"}, dims={"batch": (1, 64), "sequence": (2, 128)},
                 )  # fmt: skip
             except GraphoptError as error:
                 table.notes.append(f"{name}: {str(error).splitlines()[0]}")
@@ -128,7 +127,6 @@ def compiled(source: graphopt.Source, folder: Path, backend: str, provider: str,
         {"kind": "canonicalize"}, {"kind": "fuse_attention"}, cache, *fused, {"kind": "fuse_norm"},
         {"kind": "fuse_activation", "allow_no_match": True}, *steps,
     ]  # fmt: skip
-    own = {"provider": provider, "tactics": "fixed"} if provider else {"options": OPTIONS}
-    target = {"backend": backend, **own}
+    target = {"backend": backend, **({"provider": provider, "tactics": "fixed"} if provider else {})}
     graphopt.compile(source, folder, passes=passes, target=target, dims={"batch": (1, 8), "sequence": (1, ROOM)})
     return graphopt.load(folder)

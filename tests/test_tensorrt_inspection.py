@@ -36,6 +36,19 @@ def test_layers_are_counted_in_the_first_profile() -> None:
     }  # fmt: skip
 
 
+def test_parts_that_make_the_same_again_are_of_later_profiles() -> None:
+    """Where no name says so, as in engines of 10.6 that are summed in fp32."""
+
+    def made(name: str, *onnx: str) -> dict[str, Any]:
+        return {**layer(name, "gemm", HALF), "Metadata": "\x1f".join(f"[ONNX Layer: {each}]" for each in onnx)}
+
+    first = [made("a_myl0_1", "MatMul_1", "Add_1"), made("b_myl0_2", "MatMul_2")]
+    other_part = [made("c_myl1_1", "MatMul_3")]
+    second = [made("d_myl2_1", "MatMul_2", "Add_1"), made("e_myl2_2", "MatMul_1"), made("f_myl3_1", "MatMul_3")]
+    names = [each.name for each in parsed([*first, *other_part, *second, layer("copy", "NoOp")])]
+    assert names == ["a_myl0_1", "b_myl0_2", "c_myl1_1", "copy"]
+
+
 def test_names_alone_tell_of_attention_only() -> None:
     assert kernels_of(parsed(["_gemm_mha_v2_myl0_9", "fc [profile 1]", "anything"])) == {"fused attentions": 1}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ _BY_OPERAND = (
     ("int8", "int8"), ("fp8", "fp8"), ("bf", "bf16"), ("half", "fp16"), ("fp16", "fp16"), ("float", "fp32"), ("fp32", "fp32"),
 )  # fmt: skip
 _ATTENTION = re.compile(r"mha|fmha|flash", re.IGNORECASE)
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _PART = re.compile(r"_(myl\d+)_\d+$")
 _PRODUCT = re.compile(r"gemm|gemv|matrixmultiply|matmul|conv(?!ert)", re.IGNORECASE)
 
@@ -66,22 +67,36 @@ def layers_of(trt: Any, engine: Any) -> list[Layer]:
 
 
 def parsed(layers: Iterable[Any]) -> list[Layer]:
-    """Layers of the first profile as the inspector's JSON has them; without details they are names alone."""
+    """Layers of the first profile as the inspector's JSON has them; without details they are names alone.
+
+    Each profile has compiled parts of its own (``..._myl2_92``); one that makes mostly what parts before it make is a later
+    profile's, whether its layers' names say so (``[profile 2]``) or not."""
     entries: list[dict[str, Any]] = [{"Name": layer} if isinstance(layer, str) else layer for layer in layers]
-    later = {_part_of(entry["Name"]) for entry in entries if "[profile " in entry["Name"]} - {None}
-    found = []
+    parts: dict[str, set[str]] = {}
     for entry in entries:
-        if "[profile " in entry["Name"] or _part_of(entry["Name"]) in later:
-            continue
-        reads = tuple(str(operand.get("Format/Datatype", "")) for operand in entry.get("Inputs", ()))
-        found.append(Layer(entry["Name"], entry.get("LayerType", ""), entry.get("TacticName", ""), reads))
-    return found
+        part = _part_of(entry)
+        if part is not None:
+            parts.setdefault(part, set()).update(_ONNX_LAYER.findall(entry.get("Metadata", "")))
+    seen: set[str] = set()
+    later = {_part_of(entry) for entry in entries if _is_later(entry)} - {None}
+    for part, made in parts.items():
+        if 2 * len(made & seen) > len(made):
+            later.add(part)
+        seen |= made
+    return [_layer(entry) for entry in entries if not _is_later(entry) and _part_of(entry) not in later]
 
 
-def _part_of(name: str) -> str | None:
-    """The part of an engine that a compiled layer is of (``..._myl2_92``): fused ones do not say which profile theirs is for,
-    others of the same part do."""
-    found = _PART.search(name)
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    reads = tuple(str(operand.get("Format/Datatype", "")) for operand in entry.get("Inputs", ()))
+    return Layer(entry["Name"], entry.get("LayerType", ""), entry.get("TacticName", ""), reads)
+
+
+def _is_later(entry: Mapping[str, Any]) -> bool:
+    return "[profile " in entry["Name"]
+
+
+def _part_of(entry: Mapping[str, Any]) -> str | None:
+    found = _PART.search(entry["Name"])
     return None if found is None else found[1]
 
 
