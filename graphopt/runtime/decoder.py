@@ -31,44 +31,50 @@ class Decoder:
         self.tokens = self.layout.tokens[0]
         self.vocabulary = vocabulary_of(engine)
         self.longest = longest_text(engine)
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self._lengths = [
+            0
+        ] * batch  # numbers, not a tensor: a step of one token has no time for dozens of small torch ops
         self._mask = torch.zeros(batch, 0, dtype=torch.int64)
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor(self._lengths, dtype=torch.int64)
+
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
+        self._lengths = lengths.tolist()
 
     def feed(self, rows: Sequence[Sequence[int]], chunk: int | None = None) -> Tensor:
         """Let each row read its tokens; the logits after the last of them, ``[batch, vocabulary]``. ``chunk``: so many at a
         time, which bounds the memory that a long prompt takes.
 
         A row without tokens stays as it is, and its logits mean nothing. InputError if the cache cannot take them."""
-        counts = torch.tensor([len(row) for row in rows])
-        width = int(counts.max())
+        counts = [len(row) for row in rows]
+        width = max(counts)
         if not width:
             raise InputError("no row has a token")
         odd = next((token for row in rows for token in row if not 0 <= token < self.vocabulary), None)
         if odd is not None:
             raise InputError(f"there is a token {odd}, the model has tokens 0 to {self.vocabulary - 1}")
-        if self.longest is not None and int((self.lengths + counts).max()) > self.longest:
-            row = int((self.lengths + counts).argmax())
+        lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        if self.longest is not None and max(lengths) > self.longest:
             raise InputError(
-                f"row {row} would have {int(self.lengths[row] + counts[row])} tokens, the cache holds {self.longest}",
+                f"row {lengths.index(max(lengths))} would have {max(lengths)} tokens, the cache holds {self.longest}",
                 hint="compile with a longer max_length, or give a shorter text",
             )
         widest = min(self._widest(counts, width), chunk or width)
         if width > widest:
             return self._in_parts(rows, widest)
         logits = self._static(rows, counts, width) if self.layout.max_length else self._growing(rows, counts, width)
-        self.lengths = self.lengths + counts
+        self._lengths = lengths
         return logits
 
-    def _widest(self, counts: Tensor, width: int) -> int:
+    def _widest(self, counts: Sequence[int], width: int) -> int:
         """How many columns one step may have: padding behind a row's tokens must fall into the buffer and on no other token."""
         if self.layout.max_length is None:
             return width
-        room = (
-            int((self.layout.max_length - self.lengths)[counts < width].min())
-            if bool((counts < width).any())
-            else width
-        )
-        limits = [max(room, 1), *([self.layout.window] if self.layout.window else [])]
+        room = [self.layout.max_length - own for own, new in zip(self._lengths, counts, strict=True) if new < width]
+        limits = [max(min(room, default=width), 1), *([self.layout.window] if self.layout.window else [])]
         return min(width, *limits)
 
     def _in_parts(self, rows: Sequence[Sequence[int]], width: int) -> Tensor:
@@ -84,24 +90,23 @@ class Decoder:
         assert found is not None
         return found
 
-    def _static(self, rows: Sequence[Sequence[int]], counts: Tensor, width: int) -> Tensor:
-        assert self.layout.max_length is not None
-        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-        for row, own in enumerate(rows):
-            tokens[row, : len(own)] = torch.tensor(own, dtype=torch.int64)
+    def _static(self, rows: Sequence[Sequence[int]], counts: Sequence[int], width: int) -> Tensor:
+        room = self.layout.max_length
+        assert room is not None
+        tokens = [[*row, *[0] * (width - len(row))] for row in rows]
         # What a row without new tokens writes is never read; it must only fall inside the buffer.
-        starts = torch.where(counts > 0, self.lengths, self.lengths.clamp(max=self.layout.max_length - width))
-        feeds = {self.tokens: tokens, PAST_LENGTHS: starts}
-        last = (counts - 1).clamp(min=0)
+        starts = [own if new else min(own, room - width) for own, new in zip(self._lengths, counts, strict=True)]
+        feeds = {self.tokens: torch.tensor(tokens), PAST_LENGTHS: torch.tensor(starts)}
+        last = [max(count - 1, 0) for count in counts]
         if NEW_LENGTHS in self.layout.inputs:
-            feeds[NEW_LENGTHS] = last + 1
+            feeds[NEW_LENGTHS] = torch.tensor(last) + 1
         logits = self.cache.step(feeds)[LOGITS]
         if self.layout.is_last(LOGITS):
             return kept(logits[:, 0])  # the next step writes into the same tensor
-        return logits[torch.arange(len(rows)), last.to(logits.device)]
+        return logits[torch.arange(len(rows)), torch.tensor(last, device=logits.device)]
 
-    def _growing(self, rows: Sequence[Sequence[int]], counts: Tensor, width: int) -> Tensor:
-        ragged = bool((counts != width).any())
+    def _growing(self, rows: Sequence[Sequence[int]], counts: Sequence[int], width: int) -> Tensor:
+        ragged = min(counts) != width
         if self.layout.mask is None and ragged:
             raise InputError("the model has no padding mask: rows must be of one length", hint="use layout: static")
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)

@@ -80,8 +80,9 @@ class KvCache:
         new = feeds[name].shape[self.layout.axis_of(self.layout.inputs[name]) or 1]
         if self.layout.window is not None and new > self.layout.window:
             raise InputError(f"{new} tokens at once, the windows take {self.layout.window}", hint="give them in parts")
-        longest = int(feeds[PAST_LENGTHS].max()) + new
-        if longest > self.layout.max_length or int(feeds[PAST_LENGTHS].min()) < 0:
+        filled = feeds[PAST_LENGTHS].tolist()
+        longest = max(filled) + new
+        if longest > self.layout.max_length or min(filled) < 0:
             raise InputError(
                 f"{new} tokens after {longest - new} do not fit into a cache of {self.layout.max_length} positions",
                 hint="compile with a longer max_length, or give a shorter text",
