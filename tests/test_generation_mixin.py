@@ -19,7 +19,7 @@ from benchmarks.zoo.catalog import ANIMALS
 from benchmarks.zoo.small import source as small_source
 from graphopt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from graphopt.errors import EngineError, InputError
-from graphopt.runtime.transformers import EngineForCausalLM, EngineTexts
+from graphopt.runtime.transformers import CACHE, EngineForCausalLM, EngineTexts
 from tests.tiny import tiny_llama
 
 TARGET = {"tactics": "fixed", "threads": 1}
@@ -223,13 +223,13 @@ def test_a_stopping_criterion_of_ones_own(pair: Pair) -> None:
 def test_a_text_goes_on_from_what_was_read(pair: Pair) -> None:
     given = ragged()
     first = pair.engine.generate(**given, max_new_tokens=6, return_dict_in_generate=True)
-    assert first.past_key_values.get_seq_length() == 9 + 6 - 1
+    assert first[CACHE].get_seq_length() == 9 + 6 - 1
     ids = torch.cat([first.sequences, torch.tensor([[8, 9], [10, 11], [12, 13]])], 1)
     more = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(given["attention_mask"], (0, 8), value=1)}
     expected = pair.eager.generate(**more, max_new_tokens=6)
-    assert torch.equal(pair.engine.generate(**more, max_new_tokens=6, past_key_values=first.past_key_values), expected)
+    assert torch.equal(pair.engine.generate(**more, max_new_tokens=6, **{CACHE: first[CACHE]}), expected)
     with pytest.raises(InputError):  # which read on
-        pair.engine.generate(**more, max_new_tokens=6, past_key_values=first.past_key_values)
+        pair.engine.generate(**more, max_new_tokens=6, **{CACHE: first[CACHE]})
 
 
 @pytest.mark.parametrize("pair", LAYOUTS, indirect=True)
@@ -241,7 +241,7 @@ def test_forward(pair: Pair) -> None:
     ids, mask, steps = given["input_ids"], given["attention_mask"], []
     for token in (5, 6):
         ids, mask = (torch.nn.functional.pad(tensor, (0, 1), value=v) for tensor, v in ((ids, token), (mask, 1)))
-        steps.append(pair.engine(ids[:, -1:], mask, first.past_key_values).logits)
+        steps.append(pair.engine(ids[:, -1:], mask, first[CACHE]).logits)
     whole = pair.eager(ids, attention_mask=mask).logits[:, -2:]
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)  # neither overwrote the other
 
@@ -286,8 +286,8 @@ NOT_DONE: dict[str, tuple[dict[str, Any], str]] = {
     "their cache": ({"cache_implementation": "static"}, "cannot do cache_implementation"),
     "paged cache": ({"cache_implementation": "paged"}, "no paged cache"),
     "a cache of theirs": (
-        {"past_key_values": DynamicCache()},
-        "past_key_values is a DynamicCache that is not this engine's",
+        {CACHE: DynamicCache()},
+        "the cache is a DynamicCache that is not this engine's",
     ),
     "chunks": ({"prefill_chunk_size": 2}, "cannot do prefill_chunk_size"),
     "positions": ({"position_ids": torch.arange(9).expand(3, 9)}, "position_ids do not count"),
@@ -328,13 +328,13 @@ def test_refusals_of_forward(pair: Pair, options: dict[str, Any], message: str) 
 
 @pytest.mark.parametrize("pair", LAYOUTS[:1], indirect=True)
 def test_refusals_of_what_was_read(pair: Pair) -> None:
-    texts = pair.engine(**ragged()).past_key_values
+    texts = pair.engine(**ragged())[CACHE]
     assert isinstance(texts, EngineTexts)
     with pytest.raises(InputError, match="says otherwise of columns that have been read"):
-        pair.engine(torch.ones(3, 1, dtype=torch.int64), past_key_values=texts)
-    with pytest.raises(InputError, match="input_ids has 2 rows, past_key_values 3"):
+        pair.engine(torch.ones(3, 1, dtype=torch.int64), cache=texts)
+    with pytest.raises(InputError, match="input_ids has 2 rows, the cache 3"):
         pair.engine(torch.ones(2, 1, dtype=torch.int64), past_key_values=texts)
-    with pytest.raises(InputError, match="past_key_values is a EngineTexts that is not this engine's"):
+    with pytest.raises(InputError, match="the cache is a EngineTexts that is not this engine's"):
         EngineForCausalLM.from_pretrained(pair.folder)(torch.ones(3, 1, dtype=torch.int64), past_key_values=texts)
     assert texts.get_seq_length() == 9
 

@@ -24,12 +24,16 @@ from graphopt.runtime.decoder import Decoder, longest_text, vocabulary_of
 from graphopt.runtime.engine import Engine
 
 TOKENS = "input_ids"
+#: What transformers calls a cache: 5.24 renamed it.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class EngineTexts:
-    """What transformers hands around as ``past_key_values``: what has been read, and which columns of it were no padding."""
+    """What transformers hands around as ``cache`` (before 5.24 ``past_key_values``): what has been read, and which columns of it
+    were no padding."""
 
     is_compileable = is_croppable = False
+    is_linear = (False,)  # whether layers are of linear attention, which 5.24 asks
 
     def __init__(self, engine: Engine, batch: int) -> None:
         self.engine, self.decoder, self.vocabulary = engine, Decoder(engine, batch), vocabulary_of(engine)
@@ -62,7 +66,7 @@ class EngineTexts:
         """The mask of all columns, if it is one that the texts can go on with."""
         batch, past = self.mask.shape
         if len(tokens) != batch:
-            raise InputError(f"{TOKENS} has {len(tokens)} rows, past_key_values {batch}")
+            raise InputError(f"{TOKENS} has {len(tokens)} rows, the cache {batch}")
         low, high, last = int(tokens.min()), int(tokens.max()), self.vocabulary - 1
         if not 0 <= low <= high <= last:
             raise InputError(f"{TOKENS} has ids from {low} to {high}, the engine knows those from 0 to {last}")
@@ -76,7 +80,7 @@ class EngineTexts:
         if not torch.equal(whole[:, :past], self.mask):
             raise InputError(
                 "attention_mask says otherwise of columns that have been read already",
-                hint="give the mask of the first call with the new columns' behind it, or start without past_key_values",
+                hint="give the mask of the first call with the new columns' behind it, or start without the cache",
             )
         if not whole[:, -1].all():
             row = int((~whole[:, -1]).nonzero()[0])
@@ -88,8 +92,8 @@ class EngineForCausalLM(GenerationMixin):  # type: ignore[misc]  # transformers 
     """A model for transformers' ``generate`` that runs an engine with a cache; logits are of each row's last token only.
 
     ``config`` and ``generation_config`` are those of the model that was compiled; without them ``generate`` has to be told
-    special tokens such as ``eos_token_id``. Rows are padded on the left, if at all. A result's ``past_key_values`` lets the
-    next call go on from there, once. What an engine cannot do is refused with InputError."""
+    special tokens such as ``eos_token_id``. Rows are padded on the left, if at all. A result's ``cache`` (before transformers
+    5.24 ``past_key_values``) lets the next call go on from there, once. What an engine cannot do is refused with InputError."""
 
     main_input_name = TOKENS
     input_modalities = output_modalities = ("text",)
@@ -127,29 +131,31 @@ class EngineForCausalLM(GenerationMixin):  # type: ignore[misc]  # transformers 
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: EngineTexts | None = None,
+        cache: EngineTexts | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 1,
         return_dict: bool | None = None,
+        past_key_values: EngineTexts | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Read ``input_ids`` on top of ``past_key_values``; the logits ``[batch, 1, vocabulary]`` behind each row's last token.
+        """Read ``input_ids`` on top of ``cache``; the logits ``[batch, 1, vocabulary]`` behind each row's last token.
 
-        ``attention_mask`` is of all columns, past ones included. ``past_key_values`` is what an earlier call returned; it
-        reads on in place."""
+        ``attention_mask`` is of all columns, past ones included. ``cache`` (``past_key_values`` is its older name) is what an
+        earlier call returned; it reads on in place."""
         others.pop("tokenizer", None)  # what generate has read stop strings with
         _refuse(others | {"return_dict=False": return_dict is False, "logits_to_keep": logits_to_keep != 1})
         if input_ids is None or input_ids.dim() != 2 or not input_ids.numel():
             raise InputError(f"an engine reads {TOKENS} [batch, sequence]", hint="give the ids of the tokens")
-        texts = EngineTexts(self.engine, len(input_ids)) if past_key_values is None else past_key_values
+        given = past_key_values if cache is None else cache
+        texts = EngineTexts(self.engine, len(input_ids)) if given is None else given
         if not isinstance(texts, EngineTexts) or texts.engine is not self.engine:
             raise InputError(
-                f"past_key_values is a {type(texts).__name__} that is not this engine's",
+                f"the cache is a {type(texts).__name__} that is not this engine's",
                 hint="leave it out for new texts, or give what an earlier call returned",
             )
         logits = texts.read(input_ids, attention_mask, position_ids)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else texts)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: None if use_cache is False else texts})
 
     __call__ = forward
 
