@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 import graphopt
 from graphopt.cli import app
 from graphopt.errors import EngineError, InputError
-from graphopt.runtime import Generator
+from graphopt.runtime import Decoder, Generator
 from graphopt.runtime.detokenize import TextStream
 
 VOCABULARY, LONGEST = 300, 48
@@ -76,6 +77,16 @@ def eager(prompt: list[int], count: int) -> list[int]:
         for _ in range(count):
             text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
     return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.int64])
+def test_a_decoder_reads_whole_numbers_of_any_kind(generator: Generator, dtype: Any) -> None:
+    rows = [[5, 6, 7], [8, 9, 10]]
+    for own in (rows, [rows[0], rows[1][:2]]):  # of one length, and ragged
+        plain, other = (Decoder(generator.engine, 2) for _ in range(2))
+        expected = plain.feed(own)
+        assert torch.equal(other.feed([np.array(row, dtype) for row in own]), expected)  # type: ignore[misc]  # arrays are read too
+        assert other.lengths.tolist() == [len(row) for row in own]
 
 
 def test_prompts_of_several_lengths_give_eagers_tokens(generator: Generator) -> None:

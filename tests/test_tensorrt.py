@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import onnxruntime
 import pytest
@@ -23,9 +24,10 @@ from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Options, Profile, nearest_profile, profiles_of, shapes_in
 from graphopt.errors import MissingBackendError, PipelineError
 from graphopt.ir import Graph, Weight
+from graphopt.runtime.cache import CacheLayout
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.sources import Source
-from tests.onnx_helpers import assert_same, emit, run_onnxruntime
+from tests.onnx_helpers import assert_same, emit, run_onnxruntime, run_reference
 from tests.rules import inputs_of, load, program
 
 OLD = tensorrt_dialect(lambda op: op not in flavours._SINCE)
@@ -140,6 +142,18 @@ def test_a_long_sum_with_few_tiles_is_taken_in_parts(bias: str, sizes: Mapping[s
     assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-2)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_parts_may_be_larger_than_their_sum(wide: bool) -> None:
+    """512 times 100 times 2 is more than half precision holds; by the reference, which rounds where the model says so."""
+    dialect = tensorrt_dialect(lambda op: True, device=Device(132, FEW), wide_sums=wide)
+    graph = graph_of(LINEAR.format(""))
+    row = torch.cat([torch.full((512,), value) for value in (2.0, -2.0, 0.01, 0.01)])
+    graph.weights["w"] = Weight.of(row.expand(64, 2048).half().contiguous())
+    inputs = {"x": torch.full((1, 1, 2048), 100.0).half()}
+    (got,) = run_reference(emit(graph, dialect), inputs)
+    assert abs(got.astype(float) - 1024).max() < 2
+
+
 @pytest.mark.parametrize("profiles", [FEW, MANY], ids=["parts", "whole"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sums_in_fp32_are_products_between_casts(profiles: list[Profile], sizes: Mapping[str, int]) -> None:
@@ -198,6 +212,22 @@ def test_a_profile_for_each_expected_shape_and_one_for_all() -> None:
     assert nearest_profile(found, {"batch": 5, "sequence": 17}) is None
 
 
+def test_profiles_need_not_take_all_largest_sizes_at_once() -> None:
+    graph = load(program(TOKENS + "    " + BERT))
+    own = {"batch": (1, 1, 1), "sequence": (2, 8, 64)}, {"batch": (1, 4, 4), "sequence": (2, 8, 16)}
+    assert found_in(graph, Options(profiles=own)) == list(own)
+
+
+def test_profiles_of_windows_end_where_their_buffers_do() -> None:
+    """What is made of dims may be given back."""
+    graph = load(program(TOKENS + "    " + BERT))
+    inputs = {name: value.type for name, value in graph.inputs.items()}
+    layout = cast(CacheLayout, SimpleNamespace(max_length=64, window=16, sequence="sequence"))
+    made = profiles_of(inputs, graph.dims, Options(), layout)
+    assert made[-1]["sequence"][2] == 16
+    assert profiles_of(inputs, graph.dims, Options(profiles=tuple(map(dict, made))), layout) == made
+
+
 def test_profiles_may_be_given() -> None:
     graph = load(program(TOKENS + "    " + BERT))
     own = {"batch": (1, 2, 4), "sequence": (2, 8, 64)}, {"batch": (1, 1, 1), "sequence": (2, 8, 32)}
@@ -212,8 +242,14 @@ def test_profiles_may_be_given() -> None:
         ({"shapes": [{"batch": 1}]}, "no size for sequence"),
         ({"shapes": [{"batch": 5, "sequence": 8}]}, "batch = 5 is outside"),
         ({"profiles": [{"batch": (1, 1, 1)}]}, "no size for sequence"),
-        ({"profiles": [{"batch": (1, 1, 4), "sequence": (2, 8, 32)}]}, "batch = 4, sequence = 64 fit none"),
-        ({"profiles": [{"batch": (1, 1, 4), "sequence": (4, 8, 64)}]}, "batch = 1, sequence = 2 fit none"),
+        (
+            {"profiles": [{"batch": (1, 1, 4), "sequence": (2, 8, 32)}]},
+            "and the profiles 2 to 32",
+        ),
+        (
+            {"profiles": [{"batch": (1, 1, 4), "sequence": (4, 8, 64)}]},
+            "and the profiles 4 to 64",
+        ),
     ],
 )
 def test_sizes_that_are_refused(options: dict[str, Any], reason: str) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Reshaped, Unsupported
 from graphopt.dims import Size
-from graphopt.ir import Node, Value
+from graphopt.ir import Node, TensorType, Value
 
 
 class Attention:
@@ -212,11 +212,18 @@ class _Standard:
             return
         a.require(isinstance(a.size, int) and isinstance(a.value_size, int), "a dynamic head size")
         sizes = ((a.q, a.heads, a.size), (a.k, a.kv_heads, a.size), (a.v, a.kv_heads, a.value_size))
-        self.parts = [a.heads_last(e, *each) for each in sizes]
+        self.parts = [
+            self._flat(a.heads_last(e, *each), a.queries if each[0] is a.q else a.keys, *each[1:]) for each in sizes
+        ]
         self.attributes |= {"q_num_heads": a.heads, "kv_num_heads": a.kv_heads}
 
     def call(self, mask: ir.Value | None) -> ir.Value:
-        return self.e.op("Attention", *self.parts, mask, **self.attributes)
+        made = self.e.op("Attention", *self.parts, mask, **self.attributes)
+        return self._flat(made, self.a.queries, self.a.heads, self.a.value_size) if self.flat else made
+
+    def _flat(self, value: ir.Value, rows: Size, heads: Any, size: Any) -> ir.Value:
+        """Declared as ``[B, S, H*D]``: inside a branch onnxruntime infers another shape from what it does not know."""
+        return self.e.typed(value, TensorType(self.a.dtype, (self.a.batch, rows, heads * size)))
 
     def result(self, called: ir.Value) -> Lowered:
         """In the node's own layout."""

@@ -311,7 +311,7 @@ class Emitter:
     def _emit(self, show: Sequence[str]) -> ir.Model:
         inputs = []
         for name, value in self.graph.inputs.items():
-            self._values[value] = self._typed(ir.Value(name=name), value.type)
+            self._values[value] = self.typed(ir.Value(name=name), value.type)
             inputs.append(self._values[value])
         for name, weight in self.graph.weights.items():
             self._values[self.graph.value(name)] = self.external(name, weight)
@@ -347,7 +347,7 @@ class Emitter:
             else:
                 self._values[value] = result
                 if result.type is None and result.producer() is not None:
-                    self._typed(result, value.type, packed=self._is_packed(node))
+                    self.typed(result, value.type, packed=self._is_packed(node))
         self._origin, self._scope = "", "shapes"
 
     def _lowered(self, node: Node) -> Lowered:
@@ -412,9 +412,10 @@ class Emitter:
             source = node.outputs[0]
         source.name = name
         self._outputs.append(source)
-        return source if source.type is not None else self._typed(source, value.type)
+        return source if source.type is not None else self.typed(source, value.type)
 
-    def _typed(self, value: ir.Value, type: TensorType, packed: bool = False) -> ir.Value:
+    def typed(self, value: ir.Value, type: TensorType, packed: bool = False) -> ir.Value:
+        """A value that is declared to be of a type."""
         value.type = ir.TensorType(DTYPES[type.dtype.to_real() if type.dtype.is_complex else type.dtype])
         shape = [size if isinstance(size, int) else str(size) for size in type.shape]
         shape += [2] * type.dtype.is_complex  # a complex number is a pair of reals, as torch.onnx has it
@@ -433,7 +434,7 @@ class Emitter:
     def external(self, name: str, weight: Weight) -> ir.Value:
         """A weight as an initializer in the data file."""
         self.weights[name] = weight
-        value = self._typed(ir.Value(name=name), weight.type)
+        value = self.typed(ir.Value(name=name), weight.type)
         self._initializers.append(value)
         return value
 

@@ -35,6 +35,7 @@ from graphopt.text import arg_text
 
 ROUNDS = 15  # timed runs of each candidate at each size, taken in turns
 SECONDS = 0.12  # at most, for one candidate at one size
+HOW = "threads rest between runs"  # how times are taken: those that were taken otherwise do not compare
 WRONG = 1e-4  # relative difference from the reference at which a form is out
 
 
@@ -88,7 +89,7 @@ class Tuner:
 
     @property
     def _identity(self) -> str:
-        return f"onnxruntime {onnxruntime().__version__} | {cpu_features()} | threads {self.threads} | {self.sizes}"
+        return f"{HOW} | onnxruntime {onnxruntime().__version__} | {cpu_features()} | threads {self.threads} | {self.sizes}"
 
     def choose(self, node: Node) -> str | None:
         """The fastest right form of a node."""

@@ -65,7 +65,7 @@ class TensorRtBackend(Backend):
         except MissingBackendError:
             own = "0"
         device = None
-        if self.unrunnable() is None:
+        if self.options.split_sums and self.unrunnable() is None:
             inputs = {name: value.type for name, value in graph.inputs.items()}
             device = Device.here(profiles_of(inputs, graph.dims, self.options, layout_of(graph)))
         quirks = quirks_in_force(self.name, own)

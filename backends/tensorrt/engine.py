@@ -83,7 +83,7 @@ class TensorRtEngine(Engine):
         on_device = any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors.values())
         env = bind_dims(self.inputs, self.dims, {name: signature(name, tensor) for name, tensor in tensors.items()})
         feeds = {name: self.on_device(tensor) for name, tensor in tensors.items()}
-        results = self._replayed(self._record(feeds, env), feeds) if self.cuda_graphs else self.enqueue(feeds, env, {})
+        results = self._recorded(feeds, env).replay(feeds) if self.cuda_graphs else self.enqueue(feeds, env, {})
         if as_torch and on_device:
             return dict(results)
         moved = self._in_memory(results)
@@ -158,25 +158,28 @@ class TensorRtEngine(Engine):
 
     def __call__(self, **tensors: Any) -> dict[str, Any]:
         """Calls of sizes that were recorded before are known to fit: on the device nothing is left to check."""
-        key = _call_of(tensors) if self.cuda_graphs and self._opened is not None else None
-        if key is not None and key in self.opened().recorded:
-            return self._replayed(key, tensors)
-        return super().__call__(**tensors)
+        found = self._recalled(_call_of(tensors)) if self.cuda_graphs and self._opened is not None else None
+        return super().__call__(**tensors) if found is None else found.replay(tensors)
 
-    def _replayed(self, key: Hashable, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _recalled(self, key: Hashable) -> Recorded | None:
+        """A recorded call, which now is the one used last."""
         recorded = self.opened().recorded
-        found = recorded[key] = recorded.pop(key)  # the last one is the one used last
-        return found.replay(feeds)
+        found = recorded.pop(key, None)
+        if found is not None:
+            recorded[key] = found
+        return found
 
-    def _record(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> Hashable:
-        """Records a call unless it is known, and returns what it is known by."""
-        recorded, key = self.opened().recorded, _call_of(feeds)
-        if key not in recorded:
+    def _recorded(self, feeds: Mapping[str, Tensor], env: Mapping[str, int]) -> Recorded:
+        key = _call_of(feeds)
+        found = self._recalled(key)
+        if found is None:
             inputs = {name: tensor.clone() for name, tensor in feeds.items()}
-            recorded[key] = Recorded(*record(lambda: self.enqueue(inputs, env, {})), inputs)
-        if len(recorded) > _RECORDED:
-            del recorded[next(iter(recorded))]
-        return key
+            found = Recorded(*record(lambda: self.enqueue(inputs, env, {})), inputs)
+            recorded = self.opened().recorded
+            recorded[key] = found
+            if len(recorded) > _RECORDED:
+                recorded.pop(next(iter(recorded)), None)
+        return found
 
 
 def _call_of(tensors: Mapping[str, Any]) -> Hashable:

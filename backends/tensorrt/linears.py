@@ -8,7 +8,7 @@ leaves most of them idle, parts of K are products of their own (split-K), in one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -55,8 +55,9 @@ class Device:
         return True
 
 
-def in_parts(device: Device, product: Callable[[Emitter, ir.Value, ir.Value, torch.dtype], ir.Value]) -> Lowering:
-    """Linears in half precision whose sums are long and whose tiles are few."""
+def in_parts(device: Device) -> Lowering:
+    """Linears in half precision whose sums are long and whose tiles are few. Parts are summed in fp32: each may be larger than
+    the whole, and than half precision holds."""
 
     def lower(e: Emitter, node: Node) -> Lowered:
         x, weight, bias = (node.args[key] for key in ("input", "weight", "bias"))
@@ -73,33 +74,30 @@ def in_parts(device: Device, product: Callable[[Emitter, ir.Value, ir.Value, tor
             ("in parts", weight.name),
             lambda: e.op("Transpose", e.reshape(e.value(weight), (channels, _PARTS, each)), perm=[1, 2, 0]),
         )
-        total = e.op("ReduceSum", product(e, rows, columns, dtype), e.vector([0]), keepdims=0)
+        parts = e.op("MatMul", *_wide(e, rows, columns, dtype))
+        total = e.cast(e.op("ReduceSum", parts, e.vector([0]), keepdims=0), torch.float32, dtype)
         return with_bias(e, e.reshape(total, (*x.type.shape[:-1], channels)), bias)
 
     return lower
 
 
 def summed_wide(e: Emitter, node: Node) -> Lowered:
-    """Half precision, summed in fp32."""
+    """Half precision, summed in fp32: a product of fp32 between casts, which the compiler makes one half-precision kernel of."""
     x, weight, bias = (node.args[key] for key in ("input", "weight", "bias"))
-    if weight.type.dtype not in _HALVES:
+    dtype = weight.type.dtype
+    if dtype not in _HALVES:
         raise Unsupported("no half precision")
-    return with_bias(e, wide_product(e, e.value(x), turned(e, e.value(weight)), weight.type.dtype), bias)
+    product = e.op("MatMul", *_wide(e, e.value(x), turned(e, e.value(weight)), dtype))
+    return with_bias(e, e.cast(product, torch.float32, dtype), bias)
 
 
-def narrow_product(e: Emitter, a: ir.Value, b: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """Summed as the builder's kernels do: those of 10.6 often in fp16."""
-    return e.op("MatMul", a, b)
-
-
-def wide_product(e: Emitter, a: ir.Value, b: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """Summed in fp32: a product of fp32 between casts, which the compiler makes one kernel of half precision of."""
-    wide = e.cast(a, dtype, torch.float32), e.once(("wide", b.name), lambda: e.cast(b, dtype, torch.float32))
-    return e.cast(e.op("MatMul", *wide), torch.float32, dtype)
+def _wide(e: Emitter, a: ir.Value, b: ir.Value, dtype: torch.dtype) -> tuple[ir.Value, ir.Value]:
+    return e.cast(a, dtype, torch.float32), e.once(("wide", b.name), lambda: e.cast(b, dtype, torch.float32))
 
 
 def linears(device: Device | None, wide: bool) -> dict[str, Lowering]:
-    """The forms of a linear, by name: for a device, if it is known; ``wide``: with sums in fp32."""
-    forms: dict[str, Lowering] = {"summed wide": summed_wide} if wide else {}
-    forms["whole"] = LOWERINGS["aten.linear"]
-    return forms if device is None else {"parts": in_parts(device, wide_product if wide else narrow_product), **forms}
+    """The forms of a linear, by name. ``device``: one whose processors long sums are split for; ``wide``: with sums in fp32."""
+    forms: dict[str, Lowering] = {} if device is None else {"parts": in_parts(device)}
+    if wide:
+        forms["summed wide"] = summed_wide
+    return {**forms, "whole": LOWERINGS["aten.linear"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -31,6 +31,8 @@ class Options(Schema):
     accumulate: Literal["fp32", "fastest"] = "fp32"
     """What linears of half precision are summed in: fp32 as eager PyTorch does, or whatever the builder's fastest kernels do,
     which may be half precision (twice the difference from eager in 10.6, and up to a tenth faster)."""
+    split_sums: bool = False
+    """Long sums of linears whose results are few tiles in parts (split-K), for the GPU that is here. It is not timed: compare."""
     tf32: bool = False
     """Products of fp32 in TF32: faster, with 10 bits of mantissa."""
     sparse_weights: bool = False
@@ -71,7 +73,7 @@ def profiles_of(
     if options.profiles is not None:
         for profile in options.profiles:
             _check_names(dims, profile, "target.options.profiles")
-        _check_ends(dims, list(options.profiles))
+        _check_ends(dims, options.profiles, layout)
         return list(options.profiles)
     for shape in options.shapes:
         _check_names(dims, shape, "target.options.shapes")
@@ -98,14 +100,16 @@ def _check_names(dims: Mapping[str, DimRange], given: Mapping[str, object], wher
         raise PipelineError(f"no size for {', '.join(sorted(missing))}", where=where)
 
 
-def _check_ends(dims: Mapping[str, DimRange], profiles: list[Profile]) -> None:
-    """The smallest and the largest sizes that ``dims`` declares must fit into a profile each."""
-    for bounds in ({name: own.min for name, own in dims.items()}, {name: own.max for name, own in dims.items()}):
-        known = {name: size for name, size in bounds.items() if size is not None}
-        if len(known) == len(dims) and nearest_profile(profiles, known) is None:
-            sizes = ", ".join(f"{name} = {size}" for name, size in known.items())
+def _check_ends(dims: Mapping[str, DimRange], profiles: Sequence[Profile], layout: CacheLayout | None) -> None:
+    """The smallest and the largest size of each dim must be in some profile. (Not all of them at once: a long text may be
+    for small batches only.) Buffers of windows take no more at once than they hold."""
+    for name, bounds in dims.items():
+        low, high = min(profile[name][0] for profile in profiles), max(profile[name][2] for profile in profiles)
+        is_windowed = layout is not None and layout.window is not None and name == layout.sequence
+        most = high if bounds.max is None or is_windowed else bounds.max
+        if low > bounds.min or high < most:
             raise PipelineError(
-                f"{sizes} fit none of the profiles, and dims allow them",
+                f"dims allow {name} in {bounds}, and the profiles {low} to {high}",
                 where="target.options.profiles",
                 hint="narrow dims, or widen a profile",
             )

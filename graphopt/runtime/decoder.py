@@ -38,6 +38,7 @@ class Decoder:
 
     @property
     def lengths(self) -> Tensor:
+        """A copy, i64 ``[batch]``."""
         return torch.tensor(self._lengths, dtype=torch.int64)
 
     @lengths.setter
@@ -93,7 +94,7 @@ class Decoder:
     def _static(self, rows: Sequence[Sequence[int]], counts: Sequence[int], width: int) -> Tensor:
         room = self.layout.max_length
         assert room is not None
-        tokens = [[*row, *[0] * (width - len(row))] for row in rows]
+        tokens = [[*map(int, row), *[0] * (width - len(row))] for row in rows]
         # What a row without new tokens writes is never read; it must only fall inside the buffer.
         starts = [own if new else min(own, room - width) for own, new in zip(self._lengths, counts, strict=True)]
         feeds = {self.tokens: torch.tensor(tokens), PAST_LENGTHS: torch.tensor(starts)}

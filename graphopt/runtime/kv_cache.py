@@ -80,7 +80,7 @@ class KvCache:
         new = feeds[name].shape[self.layout.axis_of(self.layout.inputs[name]) or 1]
         if self.layout.window is not None and new > self.layout.window:
             raise InputError(f"{new} tokens at once, the windows take {self.layout.window}", hint="give them in parts")
-        filled = feeds[PAST_LENGTHS].tolist()
+        filled = feeds[PAST_LENGTHS].flatten().tolist()
         longest = max(filled) + new
         if longest > self.layout.max_length or min(filled) < 0:
             raise InputError(
