@@ -41,6 +41,11 @@ def sts_b(split: str = "test") -> list[tuple[float, str, str]]:
         return [(float(row[4]), row[5], row[6]) for row in rows]
 
 
+def sentences(count: int) -> list[str]:
+    """Sentences of STS-B's training rows, to calibrate on."""
+    return [text for row in sts_b("train") for text in row[1:] if isinstance(text, str)][:count]
+
+
 def prose() -> tuple[str, str]:
     """News: 50 documents to calibrate on, 300 others to measure on."""
     folder = _inside("gensim", "test/test_data")

@@ -23,7 +23,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
-from benchmarks.assets import minilm, prose, smollm2, sts_b
+from benchmarks.assets import minilm, prose, sentences, smollm2
 from benchmarks.decoding import decoder_passes, in_turns, job, sides_of
 from benchmarks.decoding_sides import ROOT, SideError, Worker, build_genai
 from benchmarks.demo import sts_b_spearman
@@ -83,7 +83,7 @@ def size_of(folder: Path) -> int:
 
 
 def encoder(results: Results, folder: Path) -> None:
-    texts = [text for row in sts_b("train") for text in row[1:] if isinstance(text, str)][:SENTENCES]
+    texts = sentences(SENTENCES)
     calibration = {"data": texts, "samples": SENTENCES, "batch": 32, "observer": "percentile"}
     schemes: dict[str, list[dict[str, Any]]] = {
         FP32: [],

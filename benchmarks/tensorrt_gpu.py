@@ -27,7 +27,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 import graphopt
 from benchmarks.cuda_decoding import agreement, engine_steps, torch_steps
 from benchmarks.measure import Goal, Results, Table, summary_table
-from benchmarks.tensorrt_models import HALF, sentences, story
+from benchmarks.tensorrt_models import HALF, minilm_engines, smollm2_engines, with_cache
 from graphopt.backend import no_progress
 from graphopt.backends.tensorrt.backend import TensorRtBackend
 from graphopt.backends.tensorrt.builder import build_plan
@@ -81,7 +81,7 @@ class Encoder:
     def __init__(self, layers: int, folder: Path) -> None:
         torch.manual_seed(0)
         config = BertConfig(hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096)
-        self.model, self.folder, self.layers = BertModel(config).eval(), folder, layers
+        self.model, self.folder = BertModel(config).eval(), folder
         self.half = BertModel(config).eval()
         self.half.load_state_dict(self.model.state_dict())
         self.half = self.half.half().cuda()
@@ -156,8 +156,7 @@ class PlainEngine(TensorRtEngine):
 def encoder(results: Results, layers: int, kernels: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Encoder(layers, Path(folder))
-        sides: dict[str, Call] = {"torch.compile": torch.compile(made.half, mode="reduce-overhead", dynamic=False)}
-        times = {name: latencies(side) for name, side in sides.items()}
+        times = {"torch.compile": latencies(torch.compile(made.half, mode="reduce-overhead", dynamic=False))}
         data = [{name: tensor.cpu() for name, tensor in inputs_of(4, 64).items()}]
         quantize = {"kind": "quantize", "scheme": "int8_static", "embeddings": False, "calibration": {"data": data}}
         engines: dict[str, Callable[[], Engine]] = {
@@ -173,21 +172,21 @@ def encoder(results: Results, layers: int, kernels: bool) -> None:
         for name, build in engines.items():
             try:
                 engine = build()
-                sides[name], times[name] = engine, latencies(engine, SHAPES[:1] if " for " in name else SHAPES)
+                times[name] = latencies(engine, SHAPES[:1] if " for " in name else SHAPES)
             except (GraphoptError, RuntimeError) as error:
                 counts.notes.append(f"{name}: {str(error).splitlines()[0][:200]}")
                 continue
             if name in ("fp16", "int8", "plain export"):
                 off[name] = made.offs(engine)
-            print(
-                name, times[name], off.get(name), flush=True
-            )  # an engine takes minutes: what there is by then is seen
+            # An engine takes minutes: what there is by then is seen.
+            print(name, times[name], off.get(name), flush=True)
             if isinstance(engine, TensorRtEngine):
                 counts.add(name, **kernels_of(layers_of(TENSORRT.module(), engine.opened().engine)))
                 shapes = (SHAPES[0], SHAPES[2]) if kernels and " for " not in name else ()
                 results.tables += [slowest(name, engine, *size) for size in shapes]
         speed(results, layers, times)
-        results.tables += [counts, parity(results, off)]
+        results.tables.append(counts)
+        parity(results, off)
 
 
 def latencies(side: Call, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[tuple[int, int], float]:
@@ -220,7 +219,7 @@ def speed(results: Results, layers: int, times: Mapping[str, Mapping[tuple[int, 
     results.tables.append(table)
 
 
-def parity(results: Results, off: Mapping[str, Mapping[tuple[int, int], float]]) -> Table:
+def parity(results: Results, off: Mapping[str, Mapping[tuple[int, int], float]]) -> None:
     table = Table("Largest difference from fp32 eager, of the output's scale", "batch x sequence")
     for shape in (*SHAPES, *BETWEEN):
         table.add(f"{shape[0]} x {shape[1]}", **{name: own[shape] for name, own in off.items()})
@@ -228,7 +227,7 @@ def parity(results: Results, off: Mapping[str, Mapping[tuple[int, int], float]])
         results.goals.append(
             Goal.at_most("fp16: largest difference from eager", FP16_PARITY, max(off["fp16"].values()))
         )
-    return table
+    results.tables.append(table)
 
 
 def slowest(name: str, engine: TensorRtEngine, batch: int, sequence: int, rows: int = 30) -> Table:
@@ -258,14 +257,6 @@ def slowest(name: str, engine: TensorRtEngine, batch: int, sequence: int, rows: 
 # Decoding
 
 
-def decoder_passes() -> list[dict[str, Any]]:
-    """A static cache in half precision, behind the attention's fusion."""
-    standard = [dict(step) for step in TensorRtBackend.standard_passes]
-    after = [step["kind"] for step in standard].index("fuse_attention") + 1
-    cache = {"kind": "insert_kv_cache", "layout": "static", "max_length": ROOM, "logits": "last", "dtype": "fp16"}
-    return [*standard[:after], cache, *standard[after:], {"kind": "cast"}]
-
-
 def decode(results: Results) -> None:
     """A Llama of 1B at a batch of 1: greedy tokens, milliseconds of a step."""
     torch.manual_seed(0)
@@ -279,7 +270,8 @@ def decode(results: Results) -> None:
     table = Table("Llama of 1B in fp16, a batch of 1", "past")
     with tempfile.TemporaryDirectory() as folder:
         graphopt.compile(
-            transformers_source(model, name="llama-1b"), Path(folder) / "engine", passes=decoder_passes(),
+            transformers_source(model, name="llama-1b"), Path(folder) / "engine",
+            passes=[*with_cache(ROOM, "fp16"), {"kind": "cast"}],
             target={"backend": "tensorrt", "options": {"profiles": profiles}},
             dims={"batch": (1, 2), "sequence": (1, ROOM)}, force=True,
         )  # fmt: skip
@@ -320,14 +312,14 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="the slowest layers as well")
     asked = parser.parse_args()
     parts: dict[str, Callable[[Results], None]] = {
-        "encoder": lambda results: encoder(results, asked.layers, asked.kernels), "decode": decode, "minilm": sentences,
-        "smollm2": story,
+        "encoder": lambda results: encoder(results, asked.layers, asked.kernels), "decode": decode,
+        "minilm": minilm_engines, "smollm2": smollm2_engines,
     }  # fmt: skip
     console = Console(width=160)
     for name in asked.part or parts:
         results = Results(f"tensorrt_{name}")
-        driver = torch.cuda.get_device_properties(0)
-        results.environment |= {"GPU": driver.name, "CUDA": torch.version.cuda, "TensorRT": TENSORRT.version()}
+        gpu = torch.cuda.get_device_name()
+        results.environment |= {"GPU": gpu, "CUDA": torch.version.cuda, "TensorRT": TENSORRT.version()}
         parts[name](results)
         for table in results.tables:
             table.show(console)

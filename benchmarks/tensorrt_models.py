@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 import graphopt
-from benchmarks.assets import minilm, smollm2
+from benchmarks.assets import minilm, sentences, smollm2
 from benchmarks.cuda_decoding import engine_steps
+from benchmarks.decoding import decoder_passes
 from benchmarks.demo import sts_b_spearman
 from benchmarks.measure import Goal, Results, Table
+from benchmarks.minilm import inputs_of, tokenizer_of
 from graphopt.backends.tensorrt.backend import TensorRtBackend
 from graphopt.eager import eager
 from graphopt.errors import GraphoptError
+from graphopt.parity import compare
 from graphopt.runtime import Generator
 from graphopt.runtime.generation import load_tokenizer
 
@@ -30,18 +33,11 @@ HALF = {"kind": "cast", "norms": "half"}
 Steps = Sequence[Mapping[str, Any]]
 
 
-def sentences(results: Results) -> None:
+def minilm_engines(results: Results) -> None:
     """MiniLM in fp32, fp16 and int8."""
-    from transformers import AutoTokenizer
-
-    source, tokenizer = graphopt.load_model(str(minilm())), AutoTokenizer.from_pretrained(minilm())
-    texts = [text for row in sts_train() for text in row]
-    int8 = {
-        "kind": "quantize",
-        "scheme": "int8_static",
-        "embeddings": False,
-        "calibration": {"data": texts, "samples": 512},
-    }
+    source, tokenizer = graphopt.load_model(str(minilm())), tokenizer_of(minilm())
+    calibration = {"data": sentences(512), "samples": 512}
+    int8 = {"kind": "quantize", "scheme": "int8_static", "embeddings": False, "calibration": calibration}
     schemes: dict[str, Steps] = {"fp32": [], "fp16": [HALF], "int8": [HALF, int8]}
     table = Table("MiniLM: largest difference from fp32 eager, of the output's scale; STS-B", "engine")
     table.add("eager", Spearman=sts_b_spearman(eager(source.module), tokenizer))
@@ -64,26 +60,14 @@ def sentences(results: Results) -> None:
     results.tables.append(table)
 
 
-def sts_train() -> list[tuple[str, str]]:
-    from benchmarks.assets import sts_b
-
-    return [(first, second) for _, first, second in sts_b("train")[:256]]
-
-
 def off(engine: graphopt.Engine, module: torch.nn.Module, batch: int, sequence: int) -> float:
-    """On random tokens, the last rows padded: how far the tokens that the mask keeps are from eager, of the output's scale."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 20000, (batch, sequence), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[batch // 2 + 1 :, sequence // 2 :] = 0
-    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    with torch.inference_mode():
-        wanted = module(**feeds).last_hidden_state[mask.bool()]
-    got = engine(**feeds)["last_hidden_state"].float()[mask.bool()]
-    return float((got - wanted).abs().max() / wanted.abs().max())
+    """On random words, padded: how far the tokens that the mask keeps are from eager, of the output's scale."""
+    feeds = inputs_of(batch, sequence)
+    wanted = {"last_hidden_state": eager(module)(**feeds)["last_hidden_state"]}
+    return compare(wanted, engine(**feeds), feeds["attention_mask"])["last_hidden_state"].relative
 
 
-def story(results: Results) -> None:
+def smollm2_engines(results: Results) -> None:
     """SmolLM2's greedy tokens: in fp32 and fp16 on the GPU, in fp32 on the CPU."""
     source = graphopt.load_model(str(smollm2()))
     assert source.files is not None
@@ -120,13 +104,22 @@ def story(results: Results) -> None:
 
 
 def compiled(source: graphopt.Source, folder: Path, backend: str, provider: str, steps: Steps) -> graphopt.Engine:
-    dtype = "fp16" if steps else "fp32"
-    cache = {"kind": "insert_kv_cache", "layout": "static", "max_length": ROOM, "logits": "last", "dtype": dtype}
-    fused = [{"kind": "fuse_cached_attention"}, {"kind": "merge_linears"}] if backend == "onnxruntime" else []
-    passes: list[Mapping[str, Any]] = [
-        {"kind": "canonicalize"}, {"kind": "fuse_attention"}, cache, *fused, {"kind": "fuse_norm"},
-        {"kind": "fuse_activation", "allow_no_match": True}, *steps,
-    ]  # fmt: skip
-    target = {"backend": backend, **({"provider": provider, "tactics": "fixed"} if provider else {})}
-    graphopt.compile(source, folder, passes=passes, target=target, dims={"batch": (1, 8), "sequence": (1, ROOM)})
+    dtype, own = "fp16" if steps else "fp32", {"provider": provider, "tactics": "fixed"} if provider else {}
+    if backend == "tensorrt":
+        passes = with_cache(ROOM, dtype)
+    else:
+        passes = [
+            {**step, "dtype": dtype} if step["kind"] == "insert_kv_cache" else step
+            for step in decoder_passes("static", ROOM)
+        ]
+    dims = {"batch": (1, 8), "sequence": (1, ROOM)}
+    graphopt.compile(source, folder, passes=[*passes, *steps], target={"backend": backend, **own}, dims=dims)
     return graphopt.load(folder)
+
+
+def with_cache(room: int, dtype: str) -> list[dict[str, Any]]:
+    """TensorRT's passes with a static cache, behind the attention's fusion."""
+    standard = [dict(step) for step in TensorRtBackend.standard_passes]
+    after = [step["kind"] for step in standard].index("fuse_attention") + 1
+    cache = {"kind": "insert_kv_cache", "layout": "static", "max_length": room, "logits": "last", "dtype": dtype}
+    return [*standard[:after], cache, *standard[after:]]

@@ -12,7 +12,7 @@ import torch
 import transformers as t
 
 import graphopt
-from benchmarks.assets import minilm, smollm2, sts_b
+from benchmarks.assets import minilm, sentences, smollm2
 from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
 from graphopt.sources import Source, transformers_source
 
@@ -42,7 +42,7 @@ def compiled(
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_minilm(precision: str, tmp_path: Path) -> None:
-    texts = [text for row in sts_b("train")[:32] for text in row[1:] if isinstance(text, str)]
+    texts = sentences(64)
     steps = [*TensorRtRtxBackend.standard_passes, *steps_for(precision, texts)]
     made = compiled(graphopt.load_model(str(minilm())), tmp_path / "e", steps, batch=(1, 8), sequence=(2, 128))
     layers = made.report.engine_ops

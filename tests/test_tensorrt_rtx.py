@@ -130,6 +130,13 @@ def test_sums_of_either_kind_build(accumulate: str, tmp_path: Path) -> None:
     assert (made.report.engine_ops["CAST"] > 2 * 13) == (accumulate == "fp32")  # around each product
 
 
+@pytest.mark.skipif(unrunnable(RTX) is None, reason="there is a GPU whose processors can be counted")
+def test_sums_are_split_for_a_gpu_that_is_here(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="split_sums counts the processors of the GPU"):
+        compiled(bert(), tmp_path / "e", {"kind": "cast"}, options={"split_sums": True})
+    assert not (tmp_path / "e").exists()
+
+
 def test_a_linear_in_parts_builds(tmp_path: Path) -> None:
     """As for a GPU that is here and that so few tokens leave idle."""
     module = torch.nn.Linear(2048, 64).eval().half()

@@ -48,6 +48,19 @@ class Attention:
             and bool(self.causal == "upper_left" or (self.causal == "lower_right" and self.queries == self.keys))
         )
 
+    @property
+    def has_other_masks(self) -> bool:
+        """Whether something but the key mask says which keys are seen: a bias, lengths, segments or a prefix."""
+        return self.bias is not None or any(
+            self.node.args[name] is not None for name in self.MASKS if name != "key_mask"
+        )
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether keys far away are not seen: a window or chunks."""
+        args = self.node.args
+        return max(args["window_left"], args["window_right"]) >= 0 or bool(args["chunk"])
+
     def heads_last(self, e: Emitter, value: Value, heads: Any, size: Any) -> ir.Value:
         """q, k or v as ``[B, S, H*D]``."""
         rows = self.queries if value is self.q else self.keys
@@ -180,15 +193,14 @@ def without_padding(e: Emitter, node: Node) -> Lowered:
     """ONNX Attention without a mask where the key mask keeps all keys, which shows when the model runs, and with it otherwise:
     kernels are faster without, and a single text has no padding."""
     op = _Standard(e, Attention(node), flat=True)
-    a, args = op.a, node.args
-    others = [name for name in a.MASKS if name != "key_mask" and args[name] is not None]
-    a.require(args["key_mask"] is not None and a.bias is None and not others, "no key mask, or not that alone")
-    a.require(max(args["window_left"], args["window_right"]) < 0 and not args["chunk"], "a window or chunks")
+    a, keys = op.a, node.args["key_mask"]
+    a.require(keys is not None and not a.has_other_masks, "no key mask, or not that alone")
+    a.require(not a.has_limits, "a window or chunks")
     a.require(a.causal == "none" or a.causal_is_upper_left, "causal of unequal lengths")
     visible = a.visible(e, with_causal=False)
     assert visible is not None
     mask = a.whole(e, visible)
-    is_full = e.once(("full", args["key_mask"].name), lambda: _all_of(e, e.value(args["key_mask"])))
+    is_full = e.once(("full", keys.name), lambda: _all_of(e, e.value(keys)))
     return op.result(e.either(is_full, lambda: op.call(None), lambda: op.call(mask)))
 
 

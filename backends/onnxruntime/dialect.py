@@ -23,9 +23,8 @@ def _multi_head(e: Emitter, node: Node, mask_as: str) -> Lowered:
     key_mask = bias = None
     unidirectional = 0
     if mask_as == "keys":
-        others = [name for name in Attention.MASKS if name != "key_mask" and args[name] is not None]
-        a.require(a.bias is None and not others, "a bias, lengths, segments or a prefix")
-        a.require(max(args["window_left"], args["window_right"]) < 0 and not args["chunk"], "a window or chunks")
+        a.require(not a.has_other_masks, "a bias, lengths, segments or a prefix")
+        a.require(not a.has_limits, "a window or chunks")
         a.require(a.causal == "none" or (a.causal_is_upper_left and a.queries == a.keys), "causal of unequal lengths")
         unidirectional = int(a.causal != "none")
         if args["key_mask"] is not None:

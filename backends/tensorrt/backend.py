@@ -73,6 +73,12 @@ class TensorRtBackend(Backend):
         return Emitter(graph, tensorrt_dialect(parsed_ops(self.flavour), self.name, quirks, device, wide))
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
+        if self.options.split_sums and self.unrunnable() is not None:
+            raise PipelineError(
+                f"split_sums counts the processors of the GPU: {self.unrunnable()}",
+                where="target.options.split_sums",
+                hint="leave it out, or build on the device",
+            )
         inputs = {name: value.type for name, value in graph.inputs.items()}
         profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
         self.flavour.module()  # before anything is written

@@ -183,7 +183,7 @@ class TensorRtEngine(Engine):
 
 
 def _call_of(tensors: Mapping[str, Any]) -> Hashable:
-    """What a recorded call is known by: its thread, and the tensors' places, dtypes and shapes. None if one is not on the GPU."""
+    """What a recorded call is known by: its thread, and the tensors' names, dtypes and shapes. None if one is not on the GPU."""
     key: list[Hashable] = [threading.get_ident()]
     for name in sorted(tensors):
         tensor = tensors[name]

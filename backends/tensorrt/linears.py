@@ -8,6 +8,7 @@ leaves most of them idle, parts of K are products of their own (split-K), in one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,10 +36,8 @@ class Device:
     profiles: Sequence[Profile]
 
     @classmethod
-    def here(cls, profiles: Sequence[Profile]) -> Device | None:
-        """The GPU of this machine, if there is one."""
-        if not torch.cuda.is_available():
-            return None
+    def here(cls, profiles: Sequence[Profile]) -> Device:
+        """The GPU of this machine."""
         return cls(torch.cuda.get_device_properties(0).multi_processor_count, profiles)
 
     def is_idle(self, node: Node) -> bool:
@@ -47,9 +46,7 @@ class Device:
         lead = node.args["input"].type.shape[:-1]
         for profile in self.profiles:
             env = {name: best for name, (_, best, _) in profile.items()}
-            rows = 1
-            for size in lead:
-                rows *= evaluate(size, env)
+            rows = math.prod(evaluate(size, env) for size in lead)
             if -(-rows // _TILE) * -(-int(channels) // _TILE) * 4 > self.processors:
                 return False
         return True

@@ -31,9 +31,8 @@ class Decoder:
         self.tokens = self.layout.tokens[0]
         self.vocabulary = vocabulary_of(engine)
         self.longest = longest_text(engine)
-        self._lengths = [
-            0
-        ] * batch  # numbers, not a tensor: a step of one token has no time for dozens of small torch ops
+        # Numbers, not a tensor: a step of one token has no time for dozens of small torch ops.
+        self._lengths = [0] * batch
         self._mask = torch.zeros(batch, 0, dtype=torch.int64)
 
     @property
@@ -98,13 +97,13 @@ class Decoder:
         # What a row without new tokens writes is never read; it must only fall inside the buffer.
         starts = [own if new else min(own, room - width) for own, new in zip(self._lengths, counts, strict=True)]
         feeds = {self.tokens: torch.tensor(tokens), PAST_LENGTHS: torch.tensor(starts)}
-        last = [max(count - 1, 0) for count in counts]
+        read = torch.tensor([max(count, 1) for count in counts])
         if NEW_LENGTHS in self.layout.inputs:
-            feeds[NEW_LENGTHS] = torch.tensor(last) + 1
+            feeds[NEW_LENGTHS] = read
         logits = self.cache.step(feeds)[LOGITS]
         if self.layout.is_last(LOGITS):
             return kept(logits[:, 0])  # the next step writes into the same tensor
-        return logits[torch.arange(len(rows)), torch.tensor(last, device=logits.device)]
+        return logits[torch.arange(len(rows)), (read - 1).to(logits.device)]
 
     def _growing(self, rows: Sequence[Sequence[int]], counts: Sequence[int], width: int) -> Tensor:
         ragged = min(counts) != width
