@@ -98,6 +98,8 @@ class Quantize(Pass):
     """Those of them that stay as they are."""
     overrides: dict[str, AnyScheme] = Field(default_factory=dict)
     """Another scheme for modules whose path matches, by name or with ``bits``, ``group`` ... of its own; the last that does."""
+    ops: Annotated[tuple[Literal["linear", "embedding"], ...], Field(min_length=1)] = ("linear", "embedding")
+    """Which ops: products with weights, tables that tokens are looked up in (``embeddings`` says how)."""
     min_weights: PositiveInt = 1
     """Linears with fewer weights stay as they are."""
     bits: Bits = 4
@@ -185,7 +187,8 @@ class Quantize(Pass):
             if treatment.scheme != FLOAT:
                 writer.replace(node, treatment)
                 log.matches[treatment.scheme] = log.matches.get(treatment.scheme, 0) + 1
-        tables = [node for node in graph.nodes if _is_lookup(graph, node)] if self.embeddings else []
+        wanted = self.embeddings and "embedding" in self.ops
+        tables = [node for node in graph.nodes if _is_lookup(graph, node)] if wanted else []
         for node in tables:
             tied = self.embeddings is True and writer.has(node.args["weight"])
             precision = "as its linear" if tied else "int8 rows"
@@ -212,6 +215,8 @@ class Quantize(Pass):
 
     def _reason_not_to(self, node: Node, path: str) -> str | None:
         weight: Value = node.args["weight"]
+        if "linear" not in self.ops:
+            return "not among ops"
         if not matches(path, self.modules):
             return "not among modules"
         if matches(path, self.skip) or self.treatment(self._override_of(path)).scheme == FLOAT:

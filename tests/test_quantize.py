@@ -183,6 +183,31 @@ def test_tables_stay_if_that_is_said() -> None:
     assert "weight=%embed.int8" in made.text
 
 
+def test_tables_alone() -> None:
+    made, layers = applied(TIED, quantize("int8_dynamic", ops=("embedding",)))
+    assert made.matches == {"embedding": 1}
+    assert "weight=%embed.weight" in made.text  # of the linear, which stays
+    assert "aten.embedding.default(weight=%embed.int8, indices=%ids)" in made.text
+    found = {(layer.precision, layer.reason) for layer in layers}
+    assert found == {("fp32", "not among ops"), ("int8 rows", None)}
+
+
+def test_linears_alone() -> None:
+    made, _ = applied(TIED, quantize("int8_dynamic", ops=("linear",)))
+    assert made.matches == {"int8_dynamic": 1}
+    assert "aten.embedding.default(weight=%embed.weight, indices=%ids)" in made.text
+
+
+@pytest.mark.parametrize("ops", [("linear",), ("embedding",)])
+@pytest.mark.parametrize("sizes", [{"batch": 2, "sequence": 6}, {"batch": 3, "sequence": 5}], ids=str)
+def test_either_op_alone_stays_near(ops: tuple[str, ...], sizes: dict[str, int]) -> None:
+    before, after = load(program(TIED)), quantized(TIED, quantize("int8_dynamic", ops=ops))
+    shape = [int(size) for size in before.inputs["ids"].type.concrete(sizes).shape]  # type: ignore[arg-type]  # numbers
+    ids = torch.randint(0, TABLE, shape, generator=torch.Generator().manual_seed(0))
+    expected, got = (run(graph, {"ids": ids})["y"] for graph in (before, after))
+    assert float((got - expected).abs().max() / expected.abs().max()) < 0.03
+
+
 def test_small_tables_stay() -> None:
     assert 12_499 * 8 < LARGE == TABLE * 8
     made, _ = applied(TIED.replace(str(TABLE), "12499"), quantize("int8_dynamic"))
@@ -240,6 +265,8 @@ def test_a_linear_whose_weight_is_given_stays() -> None:
         ({"scheme": "int4"}, "'int8_static', 'int8_smooth', 'int8_dynamic'"),
         ({"scheme": "weight_only", "bits": 3}, "bits: Input should be 4 or 8"),
         ({"scheme": "weight_only", "group": 24}, "group: Input should be 16, 32, 64, 128 or 256"),
+        ({"scheme": "int8_token", "ops": []}, "ops: Tuple should have at least 1 item"),
+        ({"scheme": "int8_token", "ops": ["conv"]}, "ops.0: Input should be 'linear' or 'embedding'"),
         ({"scheme": "int8_token", "min_weights": 0}, "min_weights: Input should be greater than 0"),
         ({"scheme": "int8_token", "skipp": ["a"]}, "there is no option 'skipp'; did you mean 'skip'"),
         ({"scheme": "int8_token", "overrides": {"a": "int9"}}, r"overrides.a.*: Input should be 'int8_static'"),
