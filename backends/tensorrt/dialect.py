@@ -14,6 +14,8 @@ from graphopt.backends.onnx.quantized import static_linear, static_linear_of_flo
 from graphopt.backends.quirks import Quirk
 from graphopt.backends.tensorrt.cached import appended, new_rows, without_buffers
 from graphopt.backends.tensorrt.linears import Device, linears
+from graphopt.backends.tensorrt.options import Accumulate
+from graphopt.backends.tensorrt.plugin_attention import PLUGIN, plugin_attention
 from graphopt.ir import Node, Value
 
 #: The opset of importers that have none of the later ops.
@@ -25,10 +27,11 @@ def tensorrt_dialect(
     name: str = "tensorrt",
     quirks: Sequence[Quirk] = (),
     device: Device | None = None,
-    wide_sums: bool = False,
+    accumulate: Accumulate = "fastest",
+    plugin: bool = False,
 ) -> Dialect:
     """The dialect of an importer. ``parses``: whether it knows an op; ``device``: what linears are to fill, if that is known;
-    ``wide_sums``: linears of half precision are summed in fp32."""
+    ``accumulate``: what they are summed in; ``plugin``: attention that the library has a plugin for is its."""
     lowerings: dict[str, Lowering] = {**STANDARD.lowerings, **_WITHOUT_INTEGERS}
     forms: dict[str, Lowering] = {"products": products}
     if parses("Attention"):
@@ -36,6 +39,8 @@ def tensorrt_dialect(
     if not parses("TensorScatter"):
         forms = {"appended": appended, **{form: without_buffers(lowering) for form, lowering in forms.items()}}
         lowerings["graphopt.kv_cache_update"] = new_rows
+    if plugin:
+        forms = {PLUGIN: plugin_attention(accumulate), **forms}
     if not parses("RMSNormalization"):
         lowerings |= {"aten.rms_norm": _rms_norm, "graphopt.add_rms_norm": _add_rms_norm}
     if not parses("RotaryEmbedding"):
@@ -44,7 +49,7 @@ def tensorrt_dialect(
     forms_of = {
         "graphopt.attention": forms,
         "graphopt.static_linear": {"integers": static_linear, "floats": static_linear_of_floats},
-        "aten.linear": linears(device, wide_sums),
+        "aten.linear": linears(device, accumulate),
     }
     return Dialect(name, {"": opset}, lowerings, forms_of, quirks)
 

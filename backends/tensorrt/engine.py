@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
-from graphopt.backends.tensorrt.flavours import Flavour, logger_of
+from graphopt.backends.tensorrt.flavours import Flavour, load_plugins, logger_of
 from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
 from graphopt.errors import BackendError, InputError
 from graphopt.execution import bind_dims
@@ -57,6 +57,8 @@ class TensorRtEngine(Engine):
                 raise BackendError(
                     f"the engine cannot run here: {reason}", hint="run it on the device it was built for"
                 )
+            if self.options.attention == "plugin":
+                load_plugins(self.flavour.module())
             data = (self.folder / PLAN).read_bytes()
             built = self.manifest.versions.get(self.flavour.name, "?")
             self._opened = opened_plan(self.flavour, data, self.folder / PLAN, built)

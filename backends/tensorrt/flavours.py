@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from packaging.version import Version
 
-from graphopt.errors import MissingBackendError
+from graphopt.errors import BackendError, MissingBackendError
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,16 @@ def parsed_ops(flavour: Flavour) -> Callable[[str], bool]:
         return lambda op: True
     version = Version(trt.__version__)
     return lambda op: op not in _SINCE or version >= Version(_SINCE[op])
+
+
+def load_plugins(trt: Any, creators: Iterable[tuple[str, str]] = ()) -> None:
+    """The plugins that the library brings, for parsing and opening engines that have some.
+
+    BackendError if it has one of the ``creators`` (name and version) not."""
+    trt.init_libnvinfer_plugins(None, "")
+    for name, version in creators:
+        if trt.get_plugin_registry().get_creator(name, version, "") is None:
+            raise BackendError(f"TensorRT {trt.__version__} has no plugin {name}, version {version}")
 
 
 def logger_of(trt: Any) -> Any:

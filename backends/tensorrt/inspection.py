@@ -39,7 +39,8 @@ class Layer:
     @property
     def is_attention(self) -> bool:
         """Whether products and softmax of an attention are one kernel."""
-        return bool(_ATTENTION.search(self.kind) or _ATTENTION.search(self.tactic) or self.name.startswith("_gemm_mha"))
+        own = self.name.startswith(("_gemm_mha", "CustomQKVToContext"))
+        return own or bool(_ATTENTION.search(self.kind) or _ATTENTION.search(self.tactic))
 
     @property
     def is_product(self) -> bool:

@@ -16,6 +16,8 @@ from graphopt.schemas.common import Schema
 #: Sizes of one profile by the names of dims: smallest, expected, largest.
 Profile = Mapping[str, tuple[int, int, int]]
 Capability = Literal["7.5", "8.0", "8.6", "8.9", "12.0"]
+#: What linears of half precision are summed in.
+Accumulate = Literal["fp32", "long", "fastest"]
 _COMMON = 128  # what is expected of a size whose range says nothing else
 
 
@@ -28,11 +30,15 @@ class Options(Schema):
     """The profiles themselves: smallest, expected and largest size of each dim."""
     workspace: Annotated[int, Field(ge=1)] | None = None
     """The most scratch memory that a kernel may take, in MiB."""
-    accumulate: Literal["fp32", "fastest"] = "fp32"
-    """What linears of half precision are summed in: fp32 as eager PyTorch does, or whatever the builder's fastest kernels do,
-    which may be half precision (twice the difference from eager in 10.6, and up to a tenth faster)."""
+    accumulate: Accumulate = "long"
+    """What linears of half precision are summed in. ``fp32``: as eager PyTorch; ``fastest``: whatever the builder's fastest
+    kernels do, which may be half precision; ``long``: fp32 where sums are of 2048 features or more."""
+    attention: Literal["compiled", "plugin"] = "compiled"
+    """``plugin``: encoders' attention in half precision, with heads of 64 and up to 512 tokens, by the library's own plugin,
+    which is faster for large batches and slower for small ones. Padding must lie at one end of each row; rows where it lies
+    elsewhere give NaN."""
     split_sums: bool = False
-    """Long sums of linears whose results are few tiles in parts (split-K), for the GPU that is here. It is not timed: compare."""
+    """Long sums of linears whose results are few tiles in two parts (split-K), for the GPU that is here."""
     tf32: bool = False
     """Products of fp32 in TF32: faster, with 10 bits of mantissa."""
     sparse_weights: bool = False
