@@ -105,9 +105,7 @@ class TensorRtBackend(Backend):
         digest = hashlib.sha256(plan.data).hexdigest()
         kernels: dict[str, int] = {}
         if self.unrunnable() is None:
-            kernels = kernels_of(
-                layers_of(trt, opened_plan(self.flavour, plan.data, folder / PLAN).engine)
-            )
+            kernels = kernels_of(layers_of(trt, opened_plan(self.flavour, plan.data, folder / PLAN).engine))
         warnings = [f"{self.name}: {each}" for each in (*plan.warnings, *left)]
         for fault, places in emitter.avoided.items():
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")

@@ -20,7 +20,7 @@ import torch
 
 from graphopt.backends.onnx.attention import Attention
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering
-from graphopt.backends.onnx.quantized import turned, with_bias
+from graphopt.backends.onnx.quantized import turned
 from graphopt.backends.tensorrt.linears import is_summed_wide, product
 from graphopt.backends.tensorrt.options import Accumulate
 from graphopt.dims import Size, evaluate
