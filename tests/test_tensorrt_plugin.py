@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.tensorrt import backend as backends
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBackend, _not_by_plugin
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
@@ -46,6 +47,22 @@ LINEARS = """
     %{name}: f16[batch, 2, sequence, 64] = aten.transpose.int(self=%r{name}, dim0=1, dim1=2)"""
     for name in "qkv"
 )
+INTEGERS = """
+    input %x: f16[batch, sequence, 16]
+    weight %t: f16[]
+    %n: i8[batch, sequence, 16] = graphopt.quantize.default(x=%x, scale=%t)""" + "".join(
+    f"""
+    weight %w{name}: i8[128, 16]
+    weight %s{name}: f16[{"128" if name == "q" else ""}]
+    weight %b{name}: f16[128]
+    %l{name}: f16[batch, sequence, 128] = graphopt.static_linear.default(
+        x=%n, x_scale=%t, weight=%w{name}, scale=%s{name}, bias=%b{name})
+    %r{name}: f16[batch, sequence, 2, 64] = aten.reshape.default(self=%l{name}, shape=[batch, sequence, 2, 64])
+    %{name}: f16[batch, 2, sequence, 64] = aten.transpose.int(self=%r{name}, dim0=1, dim1=2)""".replace(
+        "(\n       ", "("
+    )
+    for name in "qkv"
+)
 INPUTS = """
     input %q: f16[batch, 2, sequence, 64]
     input %k: f16[batch, 2, sequence, 64]
@@ -56,7 +73,12 @@ ATTENTION = """
     output y = %y
 """
 LAST_ATTENTION = ATTENTION.replace("2, sequence", "sequence, 2").replace("scale", "heads_last=True, scale")
-BODIES = {"one product": LINEARS + ATTENTION, "any values": INPUTS + ATTENTION, "heads last": LAST + LAST_ATTENTION}
+BODIES = {
+    "one product": LINEARS + ATTENTION,
+    "one product of int8": INTEGERS + ATTENTION,
+    "any values": INPUTS + ATTENTION,
+    "heads last": LAST + LAST_ATTENTION,
+}
 
 
 class Plugin(OpRun):
@@ -109,7 +131,10 @@ def masks(sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
 def test_real_tokens_are_as_in_the_graph(body: str, sizes: dict[str, int], padding: str) -> None:
     graph = load(program(DIMS + BODIES[body]))
     for name, weight in graph.weights.items():
-        graph.weights[name] = Weight.of(weight.load() / 4)
+        own = weight.load()
+        graph.weights[name] = Weight.of(
+            own if own.dtype == torch.int8 else own.abs() / 256 if name[0] in "st" else own / 4
+        )
     assert Emitter(graph, WITH_PLUGIN).used_forms["plugin"] == 1
     mask = masks(sizes)[padding]
     inputs = {**inputs_of(graph, sizes), "m": mask}
@@ -123,6 +148,8 @@ def test_real_tokens_are_as_in_the_graph(body: str, sizes: dict[str, int], paddi
 def test_one_product_makes_queries_keys_and_values() -> None:
     ops = [node.op_type for node in emit(load(program(DIMS + BODIES["one product"])), WITH_PLUGIN).graph.node]
     assert (ops.count("MatMul"), ops.count("Softmax"), ops.count(CREATOR[0])) == (1, 0, 1)
+    ops = [node.op_type for node in emit(load(program(DIMS + BODIES["one product of int8"])), WITH_PLUGIN).graph.node]
+    assert (ops.count("MatMul"), ops.count("QuantizeLinear"), ops.count("DequantizeLinear")) == (1, 1, 2)
     other = BODIES["one product"].replace("input=%x, weight=%wk", "input=%z, weight=%wk")
     ops = [
         node.op_type
@@ -151,6 +178,37 @@ def test_without_a_mask_rows_are_whole() -> None:
     graph = load(program(DIMS + INPUTS + ATTENTION.replace("key_mask=%m, ", "")))
     inputs = inputs_of(graph, {"batch": 3, "sequence": 5})
     torch.testing.assert_close(run_emitted(graph, inputs), run(graph, inputs)["y"], atol=2e-2, rtol=2e-2)
+
+
+QUANTIZED = """
+    weight %w: i8[4, 128]
+    weight %u: f16[4]
+    weight %t: f16[]
+    %b: f16[batch, sequence, 2, 64] = aten.transpose.int(self=%y, dim0=1, dim1=2)
+    %c: f16[batch, sequence, 128] = aten.reshape.default(self=%b, shape=[batch, sequence, 128])
+    %n: i8[batch, sequence, 128] = graphopt.quantize.default(x=%c, scale=%t)
+    %z: f16[batch, sequence, 4] = graphopt.static_linear.default(x=%n, x_scale=%t, weight=%w, scale=%u, bias=None)
+    output z = %z
+"""
+
+
+@pytest.mark.parametrize(
+    ("attention", "scale", "forms"),
+    [
+        ("plugin", "0.125", {"plugin": 1, "integers": 1}),
+        ("compiled", "0.125", {"products": 1, "floats": 1}),
+        ("plugin", "0.3", {"products": 1, "floats": 1}),
+    ],
+)
+def test_products_of_the_plugins_result_are_in_int8(
+    attention: str, scale: str, forms: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10.6 builds none of attention that it compiles."""
+    monkeypatch.setattr(backends, "parsed_ops", lambda flavour: lambda op: op not in flavours._SINCE)
+    monkeypatch.setattr(flavours.Flavour, "version", lambda flavour: "10.6.0")
+    backend = TensorRtBackend(TargetConfig(backend="tensorrt", options={"attention": attention}))
+    graph = load(program(DIMS + INPUTS + ATTENTION.replace("output y = %y", "").replace("0.125", scale) + QUANTIZED))
+    assert backend.emit(graph).used_forms == forms
 
 
 @pytest.mark.parametrize(

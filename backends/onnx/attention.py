@@ -7,8 +7,6 @@ once for all layers that share them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -242,57 +240,42 @@ class _Standard:
         return self.a.from_heads_last(self.e, called) if self.flat else self.a.from_heads_first(self.e, called)
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Keys and values ``[B, Hkv, count, D]`` that queries look at, and what is added to their scores."""
-
-    k: ir.Value
-    v: ir.Value
-    count: Size
-    mask: ir.Value | None
-
-
 def products(e: Emitter, node: Node) -> Lowered:
     """Matmul, softmax, matmul: any attention, for any reader."""
     a = Attention(node)
-    return softmax_of_products(
-        e, a, [Keys(a.heads_first(e, a.k), a.heads_first(e, a.v), a.keys, a.additive(e, with_causal=True))]
-    )
+    return softmax_of_products(e, a, a.heads_first(e, a.k), a.heads_first(e, a.v))
 
 
-def softmax_of_products(e: Emitter, a: Attention, parts: Sequence[Keys]) -> Lowered:
-    """One softmax over the keys of all parts; keys that lie apart are not copied together, only their scores are."""
+def softmax_of_products(e: Emitter, a: Attention, k: ir.Value, v: ir.Value) -> Lowered:
+    """The same of keys and values ``[B, Hkv, T, D]`` that are made otherwise."""
     a.require(isinstance(a.heads, int) and isinstance(a.kv_heads, int), "a dynamic number of heads")
     groups = a.heads // a.kv_heads
     q = e.op("Mul", a.heads_first(e, a.q), e.constant(a.scale, a.dtype))
     q = e.reshape(q, (a.batch, a.kv_heads, groups * a.queries, a.size)) if groups > 1 else q
-    scores = [_scores(e, a, q, part) for part in parts]
-    scores += [_sinks(e, a)] if a.sinks is not None else []
-    weights = e.op("Softmax", e.op("Concat", *scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
-    results, ends = [], [e.size(0)]
-    for part in parts:
-        own = weights
-        if len(scores) > 1:
-            ends.append(e.op("Add", ends[-1], e.size(part.count)) if len(ends) > 1 else e.size(part.count))
-            own = e.op("Slice", weights, *ends[-2:], e.vector([-1]))
-        if groups > 1:
-            own = e.reshape(own, (a.batch, a.kv_heads, groups * a.queries, part.count))
-        results.append(e.op("MatMul", own, part.v))
-    result = functools.reduce(lambda one, other: e.op("Add", one, other), results)
+    scores = _scores(e, a, q, k)
+    if a.sinks is None:
+        weights = e.op("Softmax", scores, axis=-1)
+    else:
+        whole = e.op("Softmax", e.op("Concat", scores, _sinks(e, a), axis=-1), axis=-1)
+        weights = e.op("Slice", whole, e.size(0), e.size(a.keys), e.vector([-1]))
+    if groups > 1:
+        weights = e.reshape(weights, (a.batch, a.kv_heads, groups * a.queries, a.keys))
+    result = e.op("MatMul", weights, v)
     if groups > 1:
         result = e.reshape(result, (a.batch, a.heads, a.queries, a.value_size))
     return a.from_heads_first(e, result)
 
 
-def _scores(e: Emitter, a: Attention, q: ir.Value, part: Keys) -> ir.Value:
-    """``[B, H, S, count]``, masked."""
-    scores = e.op("MatMul", q, e.op("Transpose", part.k, perm=[0, 1, 3, 2]))
+def _scores(e: Emitter, a: Attention, q: ir.Value, k: ir.Value) -> ir.Value:
+    """``[B, H, S, T]``, masked."""
+    scores = e.op("MatMul", q, e.op("Transpose", k, perm=[0, 1, 3, 2]))
     if a.heads != a.kv_heads:
-        scores = e.reshape(scores, (a.batch, a.heads, a.queries, part.count))
+        scores = e.reshape(scores, (a.batch, a.heads, a.queries, a.keys))
     if a.softcap:
         cap = e.constant(a.softcap, a.dtype)
         scores = e.op("Mul", e.op("Tanh", e.op("Div", scores, cap)), cap)
-    return scores if part.mask is None else e.op("Add", scores, part.mask)
+    mask = a.additive(e, with_causal=True)
+    return scores if mask is None else e.op("Add", scores, mask)
 
 
 def update_cache(e: Emitter, node: Node) -> Lowered:

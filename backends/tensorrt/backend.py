@@ -25,7 +25,7 @@ from graphopt.backends.tensorrt.options import Options, profiles_of
 from graphopt.backends.tensorrt.plugin_attention import CREATOR, why_not
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
-from graphopt.ir import Graph
+from graphopt.ir import Graph, Node
 from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
@@ -76,6 +76,8 @@ class TensorRtBackend(Backend):
             inputs = {name: value.type for name, value in graph.inputs.items()}
             device = Device.here(profiles_of(inputs, graph.dims, self.options, layout_of(graph)))
         quirks = quirks_in_force(self.name, own)
+        if self._has_plugins and not any(why_not(graph, node) for node in _attentions(graph)):
+            quirks = [quirk for quirk in quirks if not quirk.of_compiled_attention]
         dialect = tensorrt_dialect(
             parsed_ops(self.flavour), self.name, quirks, device, self.options.accumulate, self._has_plugins
         )
@@ -138,9 +140,13 @@ class TensorRtBackend(Backend):
         }
 
 
+def _attentions(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "graphopt.attention.default"]
+
+
 def _not_by_plugin(graph: Graph) -> list[str]:
     """What to tell of attention that stays with the compiler. PipelineError if all of it does."""
-    nodes = [node for node in graph.nodes if node.op == "graphopt.attention.default"]
+    nodes = _attentions(graph)
     reasons = {node: reason for node in nodes if (reason := why_not(graph, node)) is not None}
     if len(reasons) == len(nodes):
         first = next(iter(reasons), None)

@@ -12,10 +12,11 @@ from graphopt.backends.onnx.dialects import OPSET, STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered, Lowering, Unsupported
 from graphopt.backends.onnx.quantized import static_linear, static_linear_of_floats
 from graphopt.backends.quirks import Quirk
-from graphopt.backends.tensorrt.cached import appended, new_rows, without_buffers
+from graphopt.backends.tensorrt.cached import new_rows, over_buffers, without_buffers
 from graphopt.backends.tensorrt.linears import Device, linears
 from graphopt.backends.tensorrt.options import Accumulate
 from graphopt.backends.tensorrt.plugin_attention import PLUGIN, plugin_attention
+from graphopt.dims import Size
 from graphopt.ir import Node, Value
 
 #: The opset of importers that have none of the later ops.
@@ -37,7 +38,7 @@ def tensorrt_dialect(
     if parses("Attention"):
         forms = {"attention": _attention, **forms}
     if not parses("TensorScatter"):
-        forms = {"appended": appended, **{form: without_buffers(lowering) for form, lowering in forms.items()}}
+        forms = {"over_buffers": over_buffers, **{form: without_buffers(lowering) for form, lowering in forms.items()}}
         lowerings["graphopt.kv_cache_update"] = new_rows
     if plugin:
         forms = {PLUGIN: plugin_attention(accumulate), **forms}
@@ -108,33 +109,44 @@ def _normed(e: Emitter, node: Node, x: ir.Value) -> ir.Value:
 
 
 def _rotary(e: Emitter, node: Node) -> Lowered:
-    """``x * cos + turned(x) * sin`` on halves, or on neighbours."""
+    """``x * [cos, cos] + flipped(x) * [-sin, sin]``, on halves or on neighbours. (Sums and differences of halves would be
+    several kernels, and one more that puts them together.)"""
     x, cos, sin = (node.args[key] for key in ("x", "cos", "sin"))
-    last, width, size = node.args["heads_last"], cos.type.shape[-1], x.type.shape[3]
+    last, width, size, near = node.args["heads_last"], cos.type.shape[-1], x.type.shape[3], node.args["interleaved"]
     if not (isinstance(size, int) and isinstance(width, int)):
         raise Unsupported("a dynamic size of heads")
     heads = 2 if last else 1
-    angles = [_beside_heads(e, angle, heads) for angle in (cos, sin)]
+    same = _for_pairs(e, cos, heads, near, turned=False)
+    other = _for_pairs(e, sin, heads, near, turned=True)
     whole = e.value(x)
-    rest = None if 2 * width == size else _slice(e, whole, 2 * width, size, 1)
-    if node.args["interleaved"]:
-        parts = _slice(e, whole, 0, 2 * width, 2), _slice(e, whole, 1, 2 * width, 2)
-    else:
-        parts = _slice(e, whole, 0, width, 1), _slice(e, whole, width, 2 * width, 1)
-    real = e.op("Sub", e.op("Mul", parts[0], angles[0]), e.op("Mul", parts[1], angles[1]))
-    imaginary = e.op("Add", e.op("Mul", parts[0], angles[1]), e.op("Mul", parts[1], angles[0]))
-    if node.args["interleaved"]:
-        four = e.vector([-1])
-        pairs = e.op("Concat", e.op("Unsqueeze", real, four), e.op("Unsqueeze", imaginary, four), axis=-1)
-        turned = e.reshape(pairs, (*x.type.shape[:3], 2 * width))
-    else:
-        turned = e.op("Concat", real, imaginary, axis=-1)
-    return turned if rest is None else e.op("Concat", turned, rest, axis=-1)
+    own = whole if 2 * width == size else _slice(e, whole, 0, 2 * width, 1)
+    turned = e.op("Add", e.op("Mul", own, same), e.op("Mul", _flipped(e, own, x.type.shape[:3], width, near), other))
+    return turned if 2 * width == size else e.op("Concat", turned, _slice(e, whole, 2 * width, size, 1), axis=-1)
 
 
-def _beside_heads(e: Emitter, angle: Value, axis: int) -> ir.Value:
-    """Angles ``[B, S, R]`` with an axis for the heads."""
-    return e.once(("angles", angle.name, axis), lambda: e.op("Unsqueeze", e.value(angle), e.vector([axis])))
+def _for_pairs(e: Emitter, angle: Value, heads: int, near: bool, turned: bool) -> ir.Value:
+    """Angles ``[B, S, R]`` for both numbers of each pair, ``[B, S, 2R]`` with an axis for the heads; ``turned``: the first
+    number's with the other sign."""
+
+    def make() -> ir.Value:
+        own = e.op("Unsqueeze", e.value(angle), e.vector([heads, *([4] if near else [])]))
+        both = e.op("Concat", e.op("Neg", own) if turned else own, own, axis=-1)
+        if not near:
+            return both
+        batch, sequence, width = angle.type.shape
+        lead = (batch, 1, sequence) if heads == 1 else (batch, sequence, 1)
+        return e.reshape(both, (*lead, 2 * width))
+
+    return e.once(("for pairs", angle.name, heads, near, turned), make)
+
+
+def _flipped(e: Emitter, x: ir.Value, lead: Sequence[Size], width: int, near: bool) -> ir.Value:
+    """``[..., 2R]`` with the two numbers of each pair in each other's place."""
+    if not near:
+        return e.op("Concat", _slice(e, x, width, 2 * width, 1), _slice(e, x, 0, width, 1), axis=-1)
+    pairs = e.reshape(x, (*lead, width, 2))
+    flipped = e.op("Concat", _slice(e, pairs, 1, 2, 1), _slice(e, pairs, 0, 1, 1), axis=-1)
+    return e.reshape(flipped, (*lead, 2 * width))
 
 
 def _slice(e: Emitter, x: ir.Value, start: int, end: int, step: int) -> ir.Value:

@@ -13,6 +13,7 @@ Source: NVIDIA/TensorRT, plugin/bertQKVToContextPlugin, version 2 of the plugin.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -20,15 +21,19 @@ import torch
 
 from graphopt.backends.onnx.attention import Attention
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering
-from graphopt.backends.onnx.quantized import turned
+from graphopt.backends.onnx.quantized import turned, zeros
 from graphopt.backends.tensorrt.linears import is_summed_wide, product
 from graphopt.backends.tensorrt.options import Accumulate
 from graphopt.dims import Size, evaluate
-from graphopt.ir import Graph, Node, Value
+from graphopt.ir import Graph, Node, TensorType, Value, Weight
 
 PLUGIN = "plugin"
 #: The plugin's name and version in the library's registry.
 CREATOR = "CustomQKVToContextPluginDynamic", "2"
+_LINEARS = {
+    "aten.linear.default": ("weight", "bias"),
+    "graphopt.static_linear.default": ("weight", "bias", "scale"),
+}
 _HEAD, _LONGEST = 64, 512  # the kernels that it has for every GPU it knows
 
 
@@ -87,28 +92,44 @@ def _largest(size: Size, graph: Graph) -> int | None:
 
 def _of_one_product(e: Emitter, a: Attention, accumulate: Accumulate) -> ir.Value | None:
     """``[B, S, H*3*D]`` where all three are linears of one value: one product, of their weights head by head."""
-    linears = [_linear_behind(e, a, value) for value in (a.q, a.k, a.v)]
-    q, k, v = linears
-    if q is None or k is None or v is None:
+    linears = [node for value in (a.q, a.k, a.v) if (node := _linear_behind(e, a, value)) is not None]
+    if len(linears) < 3 or len({node.op for node in linears}) > 1:
         return None
-    x, biases = q.args["input"], [node.args["bias"] for node in (q, k, v)]
-    if any(node.args["input"] is not x for node in (k, v)) or len({bias is None for bias in biases}) > 1:
+    name = "input" if linears[0].op == "aten.linear.default" else "x"
+    read, biased = ({node.args[part] for node in linears} for part in (name, "bias"))
+    if len(read) > 1 or (None in biased and len(biased) > 1):
         return None
-    features, dtype = q.args["weight"].type.shape[1], q.args["weight"].type.dtype
-    weight = _head_by_head(e, a, [node.args["weight"] for node in (q, k, v)], (features,))
-    wide = is_summed_wide(features, dtype, accumulate)
-    made = product(e, e.value(x), turned(e, weight), dtype, wide)
-    return made if biases[0] is None else e.op("Add", made, _head_by_head(e, a, biases, ()))
+    x, weight = e.value(linears[0].args[name]), _head_by_head(e, a, linears, "weight")
+    if name == "input":
+        type = linears[0].args["weight"].type
+        made = product(e, x, turned(e, weight), type.dtype, is_summed_wide(type.shape[1], type.dtype, accumulate))
+    elif len({node.args["x_scale"] for node in linears}) > 1:
+        return None
+    else:
+        step, scale = linears[0].args["x_scale"], _head_by_head(e, a, linears, "scale")
+        zero = e.constant(torch.zeros(3 * a.heads * a.size), torch.int8)
+        own = e.op("DequantizeLinear", x, e.value(step), zeros(e, step, torch.int8))
+        made = e.op("MatMul", own, turned(e, e.op("DequantizeLinear", weight, scale, zero, axis=0)))
+    return made if None in biased else e.op("Add", made, _head_by_head(e, a, linears, "bias"))
 
 
-def _head_by_head(e: Emitter, a: Attention, weights: list[Value], rest: tuple[int, ...]) -> ir.Value:
-    """Weights ``[H*D, *rest]`` of queries, keys and values as ``[H*3*D, *rest]``."""
-    heads = [e.reshape(e.value(weight), (a.heads, 1, a.size, *rest)) for weight in weights]
-    return e.reshape(e.op("Concat", *heads, axis=1), (3 * a.heads * a.size, *rest))
+def _head_by_head(e: Emitter, a: Attention, linears: Sequence[Node], part: str) -> ir.Value:
+    """Weights, biases or scales ``[H*D, ...]`` of queries, keys and values as one ``[H*3*D, ...]``; a scale may be one number."""
+    names = [node.args[part].name for node in linears]
+    weights = [e.graph.weights[name] for name in names]
+    channels = a.heads * a.size
+    rest = linears[0].args[part].type.shape[1:] if part == "weight" else ()
+
+    def load() -> torch.Tensor:
+        each = [weight.load().reshape(-1, *rest).expand(channels, *rest) for weight in weights]
+        return torch.stack([one.reshape(a.heads, a.size, *rest) for one in each], 1).flatten(0, 2)
+
+    type = TensorType(weights[0].type.dtype, (3 * channels, *rest))
+    return e.once(("head by head", *names), lambda: e.external(f"{names[0]}.by_heads", Weight(type, load)))
 
 
 def _linear_behind(e: Emitter, a: Attention, value: Value) -> Node | None:
-    """The linear of weights whose result, split into heads, is ``value``; None if there is more between them."""
+    """The linear of weights, in floats or int8, whose result, split into heads, is ``value``; None if there is more between."""
     node = value.producer
     if not a.last:
         if node is None or node.op != "aten.transpose.int" or {node.args["dim0"], node.args["dim1"]} != {1, 2}:
@@ -117,10 +138,10 @@ def _linear_behind(e: Emitter, a: Attention, value: Value) -> Node | None:
     if node is None or node.op != "aten.reshape.default":
         return None
     made = node.args["self"].producer
-    if made is None or made.op != "aten.linear.default" or made.output.type.shape[:-1] != (a.batch, a.keys):
+    if made is None or made.op not in _LINEARS or made.output.type.shape[:-1] != (a.batch, a.keys):
         return None
-    weights = [made.args["weight"], *([made.args["bias"]] if made.args["bias"] is not None else [])]
-    return made if all(e.is_weight(weight) for weight in weights) else None
+    weights = (made.args[part] for part in _LINEARS[made.op])
+    return made if all(weight is None or e.is_weight(weight) for weight in weights) else None
 
 
 def _put_together(e: Emitter, a: Attention) -> ir.Value:
