@@ -185,8 +185,8 @@ def _found_runs(e: Emitter, a: Attention, mask: Value | None) -> tuple[ir.Value,
 
 def _is(e: Emitter, mask: Value, other: ir.Value) -> ir.Value:
     """Whether each row of a mask ``[B, S]`` is the same as another's."""
-    same = e.cast(e.op("Equal", e.value(mask), other), torch.bool, torch.int64)
-    return e.cast(e.op("ReduceMin", same, e.vector([1]), keepdims=0), torch.int64, torch.bool)
+    differ = e.cast(e.op("Xor", e.value(mask), other), torch.bool, torch.int64)
+    return e.op("Equal", e.op("ReduceSum", differ, e.vector([1]), keepdims=0), e.scalar(0))
 
 
 def _follows_another(node: Node) -> bool:
