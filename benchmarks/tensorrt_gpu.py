@@ -5,15 +5,15 @@ and SmolLM2 with their real weights.
 
 The encoder beside torch.compile, the plain export of torch built by the same builder, and ONNX Runtime's CUDA provider; BERT and
 Llama have random weights: nothing is downloaded. Needs an NVIDIA GPU and TensorRT; each part writes
-``results/tensorrt_<part>.{md,json}``."""
+``results/tensorrt_<part>.{md,json}``. Several at once, on a GPU each, need ``OMP_NUM_THREADS`` set to a share of the cores: with
+all cores each they take many times as long."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-import statistics
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,22 +22,29 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
 import graphopt
-from benchmarks.cuda_decoding import agreement, engine_steps, torch_steps
 from benchmarks.measure import Goal, Results, Table, summary_table
-from benchmarks.tensorrt_models import HALF, minilm_engines, smollm2_engines, with_cache
-from graphopt.backend import no_progress
+from benchmarks.tensorrt_builds import (
+    BareEngine,
+    Call,
+    engine_of,
+    engine_of_file,
+    graph_of,
+    median_ms,
+    narrowed,
+    slowest,
+)
+from benchmarks.tensorrt_decoding import decode
+from benchmarks.tensorrt_models import HALF, minilm_engines, smollm2_engines
 from graphopt.backends.tensorrt.backend import TensorRtBackend
-from graphopt.backends.tensorrt.builder import build_plan
-from graphopt.backends.tensorrt.engine import PLAN, Opened, TensorRtEngine, opened_plan
+from graphopt.backends.tensorrt.engine import TensorRtEngine
 from graphopt.backends.tensorrt.flavours import TENSORRT
 from graphopt.backends.tensorrt.inspection import kernels_of, layers_of
-from graphopt.backends.tensorrt.options import Options
 from graphopt.dims import Dim
 from graphopt.errors import GraphoptError
-from graphopt.ir import DimRange, TensorType
+from graphopt.ir import Graph, TensorType
 from graphopt.runtime.engine import Engine
 from graphopt.sources import transformers_source
 
@@ -46,33 +53,13 @@ BETWEEN = ((1, 16), (3, 77), (16, 200))  # sizes that nothing was built for alon
 AGAINST_TORCH = {(1, 128): 0.55, (8, 128): 0.62, (32, 128): 0.75, (32, 384): 0.75}
 INT8_GAIN = {(1, 128): 1.25, (32, 128): 1.3}
 DIMS = {"batch": (1, 32), "sequence": (2, 384)}
-FP16_PARITY, DECODE_GAIN, BANDWIDTH = 5e-3, 1.3, 0.6
-PASTS, ROOM = (128, 2048), 2304
-RUNS = 50
-Call = Callable[[], Any]
+FP16_PARITY = 5e-3
+TORCH = "torch.compile"
 
 
 def inputs_of(batch: int, sequence: int) -> dict[str, Tensor]:
     ids = torch.randint(0, 30000, (batch, sequence), device="cuda")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-
-
-def median_ms(call: Call) -> float:
-    """Of runs one by one, timed by events on the GPU."""
-    for _ in range(10):
-        call()
-    times: list[float] = []
-    for _ in range(RUNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-# An encoder
 
 
 class Encoder:
@@ -86,19 +73,29 @@ class Encoder:
         self.half.load_state_dict(self.model.state_dict())
         self.half = self.half.half().cuda()
 
-    def compiled(self, name: str, *steps: Mapping[str, Any], alone: bool = False, **options: Any) -> Engine:
-        """Our engine: a profile for each shape and one for all sizes; ``alone``: for the first shape only."""
+    @functools.cached_property
+    def fp16(self) -> Graph:
+        return self._graph()
+
+    @functools.cached_property
+    def int8(self) -> Graph:
+        data = [{name: tensor.cpu() for name, tensor in inputs_of(4, 64).items()}]
+        calibration = {"calibration": {"data": data}}
+        return self._graph({"kind": "quantize", "scheme": "int8_static", "embeddings": False, **calibration})
+
+    def _graph(self, *steps: Mapping[str, Any]) -> Graph:
+        source = transformers_source(self.model.cpu(), name="bert-large")
+        return graph_of(source, [*TensorRtBackend.standard_passes, HALF, *steps], DIMS)
+
+    def for_all(self, name: str, graph: Graph, **options: Any) -> BareEngine:
+        """A profile for each shape and one for all sizes."""
         shapes = [{"batch": batch, "sequence": sequence} for batch, sequence in SHAPES]
+        return engine_of(graph, self.folder / name, shapes=shapes, **options)
+
+    def for_one(self, name: str, graph: Graph, **options: Any) -> BareEngine:
+        """For the first shape, and whatever is smaller."""
         batch, sequence = SHAPES[0]
-        made = graphopt.compile(
-            transformers_source(self.model.cpu(), name="bert-large"), self.folder / name.replace(" ", "_"),
-            passes=[*TensorRtBackend.standard_passes, *steps],
-            target={"backend": "tensorrt", "options": options if alone else {**options, "shapes": shapes}},
-            dims={"batch": (1, 2 * batch), "sequence": (2, sequence)} if alone else DIMS,
-        )  # fmt: skip
-        for warning in made.report.warnings:
-            print(f"{name}: {warning}"[:300])
-        return graphopt.load(made.folder, cuda_graphs=True)
+        return engine_of(narrowed(graph, batch=(1, 2 * batch), sequence=(2, sequence)), self.folder / name, **options)
 
     def on_cuda(self, name: str) -> Engine:
         """The same passes for ONNX Runtime's CUDA provider."""
@@ -108,9 +105,10 @@ class Encoder:
         )  # fmt: skip
         return made.engine
 
-    def exported(self) -> PlainEngine:
+    def exported(self) -> BareEngine:
         """The plain export of the half model, built with the same profiles."""
-        file = self.folder / "plain.onnx"
+        file = self.folder / "plain" / "plain.onnx"
+        file.parent.mkdir()
         sizes = {"batch": torch.export.Dim("batch", min=1, max=32), "sequence": torch.export.Dim("sequence", max=384)}
         feeds = inputs_of(2, 16)
         torch.onnx.export(
@@ -118,9 +116,17 @@ class Encoder:
             dynamic_shapes={name: {0: sizes["batch"], 1: sizes["sequence"]} for name in feeds},
             output_names=["last_hidden_state", "pooler_output"],
         )  # fmt: skip
-        return PlainEngine(file, {name: feeds[name].dtype for name in feeds}, {
-            "last_hidden_state": ("batch", "sequence", 1024), "pooler_output": ("batch", 1024)
-        })  # fmt: skip
+
+        def type_of(dtype: torch.dtype, *shape: str | int) -> TensorType:
+            return TensorType(dtype, tuple(Dim.named(size) if isinstance(size, str) else size for size in shape))
+
+        inputs = {name: type_of(tensor.dtype, "batch", "sequence") for name, tensor in feeds.items()}
+        outputs = {
+            "last_hidden_state": type_of(torch.float16, "batch", "sequence", 1024),
+            "pooler_output": type_of(torch.float16, "batch", 1024),
+        }
+        profiles = [{"batch": (b, b, b), "sequence": (s, s, s)} for b, s in SHAPES]
+        return engine_of_file(file, inputs, outputs, DIMS, profiles)
 
     def offs(
         self, engine: Call, shapes: Sequence[tuple[int, int]] = (*SHAPES, *BETWEEN)
@@ -135,27 +141,6 @@ class Encoder:
             got = engine(**feeds)
         own = got["last_hidden_state"] if isinstance(got, dict) else got.last_hidden_state
         return float((own.float() - wanted).abs().max() / wanted.abs().max())
-
-
-class PlainEngine(TensorRtEngine):
-    """An engine of any ONNX file, run as ours are."""
-
-    def __init__(
-        self, file: Path, inputs: Mapping[str, torch.dtype], outputs: Mapping[str, Sequence[str | int]]
-    ) -> None:
-        def type_of(dtype: torch.dtype, shape: Sequence[str | int]) -> TensorType:
-            return TensorType(dtype, tuple(Dim.named(size) if isinstance(size, str) else size for size in shape))
-
-        self.inputs = {name: type_of(dtype, ("batch", "sequence")) for name, dtype in inputs.items()}
-        self.outputs = {name: type_of(torch.float16, shape) for name, shape in outputs.items()}
-        self.dims = {name: DimRange(*bounds) for name, bounds in DIMS.items()}
-        self.folder, self.flavour, self.cuda_graphs, self.options = file.parent, TENSORRT, True, Options()
-        self.profiles = [{"batch": (b, b, b), "sequence": (s, s, s)} for b, s in SHAPES]
-        plan = build_plan(TENSORRT, file, self.inputs, self.profiles, self.options, {}, no_progress)
-        self._opened: Opened | None = opened_plan(TENSORRT, plan.data, file.parent / PLAN)
-
-
-TORCH = "torch.compile"
 
 
 def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str]) -> None:
@@ -185,27 +170,32 @@ def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str])
             if isinstance(engine, TensorRtEngine):
                 counts.add(name, **kernels_of(layers_of(TENSORRT.module(), engine.opened().engine)))
                 shapes = () if not kernels else SHAPES[:1] if " for " in name else (SHAPES[0], *SHAPES[2:])
-                results.tables += [slowest(name, engine, *size) for size in shapes]
+                results.tables += [kernels_at(name, engine, *size) for size in shapes]
         speed(results, layers, times)
         results.tables.append(counts)
         parity(results, off)
 
 
 def engines_of(made: Encoder) -> dict[str, Callable[[], Engine]]:
-    data = [{name: tensor.cpu() for name, tensor in inputs_of(4, 64).items()}]
-    int8 = HALF, {"kind": "quantize", "scheme": "int8_static", "embeddings": False, "calibration": {"data": data}}
+    plugin: dict[str, Any] = {"attention": "plugin"}
     return {
-        "fp16": lambda: made.compiled("fp16", HALF),
-        "fp16, plugin": lambda: made.compiled("plugin", HALF, attention="plugin"),
-        "fp16, plugin, fastest sums": lambda: made.compiled("fast", HALF, attention="plugin", accumulate="fastest"),
-        "fp16, for 1 x 128": lambda: made.compiled("alone", HALF, alone=True),
-        "fp16, for 1 x 128, split sums": lambda: made.compiled("split", HALF, alone=True, split_sums=True),
+        "fp16": lambda: made.for_all("fp16", made.fp16),
+        "fp16, fp32 sums": lambda: made.for_all("wide", made.fp16, accumulate="fp32"),
+        "fp16, plugin": lambda: made.for_all("plugin", made.fp16, **plugin),
+        "fp16, plugin, fastest sums": lambda: made.for_all("fast", made.fp16, **plugin, accumulate="fastest"),
+        "fp16, for 1 x 128": lambda: made.for_one("one", made.fp16),
+        "fp16, for 1 x 128, split sums": lambda: made.for_one("split", made.fp16, split_sums=True),
         "plain export": made.exported,
-        "int8": lambda: made.compiled("int8", *int8),
-        "int8, plugin": lambda: made.compiled("int8_plugin", *int8, attention="plugin"),
-        "int8, for 1 x 128": lambda: made.compiled("alone8", *int8, alone=True),
+        "int8": lambda: made.for_all("int8", made.int8),
+        "int8, plugin": lambda: made.for_all("int8_plugin", made.int8, **plugin),
+        "int8, for 1 x 128": lambda: made.for_one("int8_one", made.int8),
         "ONNX Runtime CUDA": lambda: made.on_cuda("cuda"),
     }
+
+
+def kernels_at(name: str, engine: TensorRtEngine, batch: int, sequence: int) -> Table:
+    env, feeds = {"batch": batch, "sequence": sequence}, inputs_of(batch, sequence)
+    return slowest(f"{name}, {batch} x {sequence}", engine.context_for(env), lambda: engine.enqueue(feeds, env, {}))
 
 
 def latencies(side: Call, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[tuple[int, int], float]:
@@ -249,79 +239,6 @@ def parity(results: Results, off: Mapping[str, Mapping[tuple[int, int], float]])
     results.tables.append(table)
 
 
-def slowest(name: str, engine: TensorRtEngine, batch: int, sequence: int, rows: int = 30) -> Table:
-    """The layers that take longest, by TensorRT's own profiler."""
-    trt = TENSORRT.module()
-
-    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
-            self.times: dict[str, float] = defaultdict(float)
-
-        def report_layer_time(self, layer: str, milliseconds: float) -> None:
-            self.times[layer] += milliseconds
-
-    env = {"batch": batch, "sequence": sequence}
-    context, profiler, feeds = engine.context_for(env), Profiler(), inputs_of(batch, sequence)
-    context.profiler = profiler
-    for _ in range(RUNS):
-        engine.enqueue(feeds, env, {})
-        torch.cuda.synchronize()
-    table = Table(f"{name}, {batch} x {sequence}: the longest of {len(profiler.times)} layers", "layer")
-    for layer, milliseconds in sorted(profiler.times.items(), key=lambda item: -item[1])[:rows]:
-        table.add(layer[:120], us=1000 * milliseconds / RUNS)
-    return table
-
-
-# Decoding
-
-
-def decode(results: Results) -> None:
-    """A Llama of 1B at a batch of 1: greedy tokens, milliseconds of a step."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=500000.0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    one = {"batch": (1, 1, 1)}
-    profiles = [{**one, "sequence": (1, 1, 1)}, {**one, "sequence": (1, 512, ROOM)}]
-    table = Table("Llama of 1B in fp16, a batch of 1", "past")
-    with tempfile.TemporaryDirectory() as folder:
-        graphopt.compile(
-            transformers_source(model, name="llama-1b"), Path(folder) / "engine",
-            passes=[*with_cache(ROOM, "fp16"), {"kind": "cast"}],
-            target={"backend": "tensorrt", "options": {"profiles": profiles}},
-            dims={"batch": (1, 1), "sequence": (1, ROOM)}, force=True,
-        )  # fmt: skip
-        engine = graphopt.load(Path(folder) / "engine")
-        half = model.half().cuda()
-        weights = sum(parameter.nbytes for parameter in half.parameters())
-        copied = copy_bandwidth()
-        for past in PASTS:
-            prompt = torch.randint(0, config.vocab_size, (past,)).tolist()
-            tokens, seconds, _ = engine_steps(engine, prompt)
-            _, peer, _ = torch_steps(half, prompt, True, ROOM)
-            own, other = statistics.median(seconds), statistics.median(peer[3:])
-            equal, gap = agreement(half, tokens, prompt)
-            table.add(
-                str(past), torch_ms=1000 * other, graphopt_ms=1000 * own, tokens_a_second=1 / own, gain=other / own,
-                TB_a_second=weights / own / 1e12, of_a_copy=weights / own / copied, tokens_of_eager=equal, widest_gap=gap,
-            )  # fmt: skip
-            results.goals += [
-                Goal.at_least(f"decode after {past}: over torch.compile", DECODE_GAIN, other / own),
-                Goal.at_least(f"decode after {past}: of the copy bandwidth", BANDWIDTH, weights / own / copied),
-            ]
-    results.tables.append(table)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second that a large copy reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (median_ms(lambda: target.copy_(source)) / 1000)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tensorrt_gpu", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -334,7 +251,8 @@ def main() -> None:
     )
     asked = parser.parse_args()
     parts: dict[str, Callable[[Results], None]] = {
-        "encoder": lambda results: encoder(results, asked.layers, asked.kernels, asked.engine), "decode": decode,
+        "encoder": lambda results: encoder(results, asked.layers, asked.kernels, asked.engine),
+        "decode": lambda results: decode(results, asked.kernels),
         "minilm": minilm_engines, "smollm2": smollm2_engines,
     }  # fmt: skip
     console = Console(width=160)

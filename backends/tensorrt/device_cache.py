@@ -83,11 +83,11 @@ class DeviceCache(KvCache):
     def __init__(self, engine: TensorRtEngine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
         self.device = engine.device
         self.gives_rows = layout.max_length is not None and engine.gives_new_rows(layout)
-        self._recorded: Recorded | None = None
+        self.recorded: Recorded | None = None
         super().__init__(engine, layout, batch, {name: tensor.to(self.device) for name, tensor in once.items()})
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
-        self._recorded = None
+        self.recorded = None
         alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
         for name, tensor in tensors.items() if self.gives_rows else ():
             alike.setdefault((tensor.shape, tensor.dtype), []).append(name)
@@ -98,18 +98,19 @@ class DeviceCache(KvCache):
     def _step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         width = feeds[self.layout.tokens[0]].shape[1]
         if self.layout.max_length is None or width > 1 or self.device.type != "cuda":
-            return self._run({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
-        if self._recorded is None:
-            self._recorded = self._record({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
-        self._recorded.run(feeds)
-        return self._recorded.results
+            return self.put({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
+        if self.recorded is None:
+            self.recorded = self._record({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
+        self.recorded.run(feeds)
+        return self.recorded.results
 
     def _record(self, feeds: Mapping[str, Tensor]) -> Recorded:
         """What a step of single tokens does; each step's results lie where the one's before lay."""
         inputs = {name: tensor.clone() for name, tensor in feeds.items()}
-        return Recorded(*record(lambda: self._run(inputs)), inputs)
+        return Recorded(*record(lambda: self.put(inputs)), inputs)
 
-    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def put(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put a step on the current stream: ``feeds`` on the device."""
         inputs = {**feeds, **self.once, **self.tensors}
         env = bind_dims(
             self.engine.inputs, self.engine.dims, {name: signature(name, own) for name, own in inputs.items()}

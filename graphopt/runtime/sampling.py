@@ -43,9 +43,11 @@ class Sampler:
 
     def choose(self, logits: Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
         """A token for each row of ``logits`` ``[batch, vocabulary]``; ``texts`` are the rows' tokens so far."""
+        if not self._processors and logits.device.type != "cpu":
+            return [int(token) for token in logits.argmax(-1).tolist()]
         if not self._processors:
             # not torch's argmax, whose threads would spin on beside the engine's: see graphopt.runtime.decoder.kept
-            return [int(token) for token in logits.float().cpu().numpy().argmax(-1)]
+            return [int(token) for token in logits.float().numpy().argmax(-1)]
         scores = torch.cat(
             [
                 self._processed(torch.tensor([list(text)]), row[None].float())

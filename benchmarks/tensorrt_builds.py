@@ -1,0 +1,122 @@
+"""TensorRT engines of graphs and of ONNX files for timing: built without a compilation's proofs, which take most of its time, and
+run as compiled ones are."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Table
+from graphopt.backend import no_progress
+from graphopt.backends.tensorrt.backend import TensorRtBackend
+from graphopt.backends.tensorrt.builder import build_plan
+from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, opened_plan
+from graphopt.backends.tensorrt.flavours import TENSORRT
+from graphopt.backends.tensorrt.options import Options, Profile, profiles_of
+from graphopt.ir import DimRange, Graph, TensorType
+from graphopt.pipeline import Context, load_passes, run_passes
+from graphopt.runtime.cache import layout_of
+from graphopt.schemas.pipeline import TargetConfig
+from graphopt.sources import Source
+from graphopt.tracing import trace
+
+RUNS = 50
+Call = Callable[[], Any]
+Types = Mapping[str, TensorType]
+
+
+class BareEngine(TensorRtEngine):
+    """A plan in ``folder`` with the inputs and outputs that it has, and no manifest."""
+
+    def __init__(
+        self,
+        folder: Path,
+        inputs: Types,
+        outputs: Types,
+        dims: Mapping[str, DimRange],
+        profiles: list[Profile],
+        cuda_graphs: bool,
+    ) -> None:
+        self.folder, self.flavour, self.cuda_graphs = folder, TENSORRT, cuda_graphs
+        self.inputs, self.outputs, self.dims, self.profiles = dict(inputs), dict(outputs), dict(dims), profiles
+        self._opened = opened_plan(TENSORRT, (folder / PLAN).read_bytes(), folder / PLAN)
+
+
+def graph_of(source: Source, passes: Sequence[Mapping[str, Any]], dims: Mapping[str, tuple[int, int]]) -> Graph:
+    """A model after its passes, held to nothing."""
+    ranges = {name: DimRange(*bounds) for name, bounds in dims.items()}
+    graph = trace(source.module, source.inputs, source.axes, ranges, source.dims, source.truths)
+    run_passes(graph, load_passes(passes), context=Context(None, source))
+    return graph
+
+
+def narrowed(graph: Graph, **dims: tuple[int, int]) -> Graph:
+    """The same for fewer sizes."""
+    made = graph.clone()
+    made.dims.update({name: DimRange(*bounds) for name, bounds in dims.items()})
+    return made
+
+
+def engine_of(graph: Graph, folder: Path, cuda_graphs: bool = True, **options: Any) -> BareEngine:
+    """A graph's engine, with ``target.options``; prints what a build would warn of."""
+    folder.mkdir()
+    backend = TensorRtBackend(TargetConfig(backend="tensorrt", options=options))
+    for warning in backend.build(graph, folder).warnings:
+        print(f"{folder.name}: {warning}"[:300], flush=True)
+    inputs, outputs = ({name: value.type for name, value in ends.items()} for ends in (graph.inputs, graph.outputs))
+    profiles = profiles_of(inputs, graph.dims, backend.options, layout_of(graph))
+    return BareEngine(folder, inputs, outputs, graph.dims, profiles, cuda_graphs)
+
+
+def engine_of_file(
+    file: Path, inputs: Types, outputs: Types, dims: Mapping[str, tuple[int, int]], profiles: Sequence[Profile]
+) -> BareEngine:
+    """The engine of an ONNX file of somebody else's."""
+    plan = build_plan(TENSORRT, file, inputs, list(profiles), Options(), {}, no_progress)
+    (file.parent / PLAN).write_bytes(plan.data)
+    ranges = {name: DimRange(*bounds) for name, bounds in dims.items()}
+    return BareEngine(file.parent, inputs, outputs, ranges, list(profiles), cuda_graphs=True)
+
+
+def median_ms(call: Call) -> float:
+    """Of runs one by one, timed by events on the GPU."""
+    for _ in range(10):
+        call()
+    times: list[float] = []
+    for _ in range(RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def slowest(title: str, context: Any, run: Call, rows: int = 30) -> Table:
+    """The layers of an execution context that take longest when ``run`` puts one run of it on the GPU, by TensorRT's own
+    profiler. (It waits after each layer, which adds 4 or 5 us to it.)"""
+    trt = TENSORRT.module()
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, float] = defaultdict(float)
+
+        def report_layer_time(self, layer: str, milliseconds: float) -> None:
+            self.times[layer] += milliseconds
+
+    profiler = Profiler()
+    context.profiler = profiler
+    for _ in range(RUNS):
+        run()
+        torch.cuda.synchronize()
+    table = Table(f"{title}: the longest of {len(profiler.times)} layers", "layer")
+    for layer, milliseconds in sorted(profiler.times.items(), key=lambda item: -item[1])[:rows]:
+        table.add(layer[:120], us=1000 * milliseconds / RUNS)
+    return table
