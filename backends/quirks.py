@@ -24,8 +24,6 @@ class Quirk:
     action: Literal["refuse", "rewrite"]
     text: str
     reference: str
-    of_compiled_attention: bool = False
-    """Whether it is about attention that the target's compiler makes a kernel of."""
 
     def in_force(self, backend: str, version: str) -> bool:
         return backend == self.backend and SpecifierSet(self.versions, prereleases=True).contains(version)
@@ -67,7 +65,6 @@ QUIRKS: tuple[Quirk, ...] = (
     Quirk(
         "tensorrt", ">=10.6,<10.7", _integers_of_attention, "rewrite",
         "an int8 product of attention's result does not build in fp16: the product stays in fp16", "seen in 10.6 on an H100",
-        of_compiled_attention=True,
     ),
 )  # fmt: skip
 

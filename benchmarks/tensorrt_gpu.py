@@ -48,18 +48,32 @@ from graphopt.ir import Graph, TensorType
 from graphopt.runtime.engine import Engine
 from graphopt.sources import transformers_source
 
-SHAPES = ((1, 128), (8, 128), (32, 128), (32, 384))
-BETWEEN = ((1, 16), (3, 77), (16, 200))  # sizes that nothing was built for alone
-AGAINST_TORCH = {(1, 128): 0.55, (8, 128): 0.62, (32, 128): 0.75, (32, 384): 0.75}
-INT8_GAIN = {(1, 128): 1.25, (32, 128): 1.3}
+#: Batch and sequence; and the shortest text, if they are of lengths from that on, evenly: half of (32, 384, 1) is padding.
+Shape = tuple[int, ...]
+SHAPES: tuple[Shape, ...] = ((1, 128), (8, 128), (32, 128), (32, 384))
+PADDED: Shape = (32, 384, 1)
+BETWEEN: tuple[Shape, ...] = ((1, 16), (3, 77), (16, 200))  # sizes that nothing was built for alone
+AGAINST_TORCH: dict[Shape, float] = {(1, 128): 0.55, (8, 128): 0.62, (32, 128): 0.75, (32, 384): 0.75}
+INT8_GAIN: dict[Shape, float] = {(1, 128): 1.25, (32, 128): 1.3}
 DIMS = {"batch": (1, 32), "sequence": (2, 384)}
 FP16_PARITY = 5e-3
+PACKING: tuple[dict[str, Any], ...] = (
+    {"kind": "heads_last"}, {"kind": "flatten_tokens"},
+    {"kind": "remove_padding", "attention": "packed", "padding": "behind"},
+)  # fmt: skip
 TORCH = "torch.compile"
 
 
-def inputs_of(batch: int, sequence: int) -> dict[str, Tensor]:
+def inputs_of(batch: int, sequence: int, shortest: int | None = None) -> dict[str, Tensor]:
     ids = torch.randint(0, 30000, (batch, sequence), device="cuda")
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    lengths = torch.linspace(shortest or sequence, sequence, batch, device="cuda").round()
+    mask = (torch.arange(sequence, device="cuda") < lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+
+
+def named(shape: Shape) -> str:
+    batch, sequence, *shortest = shape
+    return f"{batch} x {sequence}" + "".join(f", of {length} and more tokens" for length in shortest)
 
 
 class Encoder:
@@ -79,18 +93,29 @@ class Encoder:
 
     @functools.cached_property
     def int8(self) -> Graph:
-        data = [{name: tensor.cpu() for name, tensor in inputs_of(4, 64).items()}]
-        calibration = {"calibration": {"data": data}}
-        return self._graph({"kind": "quantize", "scheme": "int8_static", "embeddings": False, **calibration})
+        return self._graph(self._quantize())
 
-    def _graph(self, *steps: Mapping[str, Any]) -> Graph:
+    @functools.cached_property
+    def packed(self) -> Graph:
+        return self._graph(before=PACKING)
+
+    @functools.cached_property
+    def packed_int8(self) -> Graph:
+        return self._graph(self._quantize(), before=PACKING)
+
+    def _quantize(self) -> dict[str, Any]:
+        data = [{name: tensor.cpu() for name, tensor in inputs_of(4, 64).items()}]
+        return {"kind": "quantize", "scheme": "int8_static", "embeddings": False, "calibration": {"data": data}}
+
+    def _graph(self, *steps: Mapping[str, Any], before: Sequence[Mapping[str, Any]] = ()) -> Graph:
         source = transformers_source(self.model.cpu(), name="bert-large")
-        return graph_of(source, [*TensorRtBackend.standard_passes, HALF, *steps], DIMS)
+        return graph_of(source, [*TensorRtBackend.standard_passes, *before, HALF, *steps], DIMS)
 
     def for_all(self, name: str, graph: Graph, **options: Any) -> BareEngine:
         """A profile for each shape and one for all sizes."""
-        shapes = [{"batch": batch, "sequence": sequence} for batch, sequence in SHAPES]
-        return engine_of(graph, self.folder / name, shapes=shapes, **options)
+        shapes = [dict(zip(("batch", "sequence"), shape, strict=True)) for shape in SHAPES]
+        is_fixed = options.get("packed_padding") != "dropped"
+        return engine_of(graph, self.folder / name, cuda_graphs=is_fixed, shapes=shapes, **options)
 
     def for_one(self, name: str, graph: Graph, **options: Any) -> BareEngine:
         """For the first shape, and whatever is smaller."""
@@ -128,26 +153,25 @@ class Encoder:
         profiles = [{"batch": (b, b, b), "sequence": (s, s, s)} for b, s in SHAPES]
         return engine_of_file(file, inputs, outputs, DIMS, profiles)
 
-    def offs(
-        self, engine: Call, shapes: Sequence[tuple[int, int]] = (*SHAPES, *BETWEEN)
-    ) -> dict[tuple[int, int], float]:
-        return {shape: self.off(engine, *shape) for shape in shapes}
+    def offs(self, engine: Call, shapes: Sequence[Shape] = (*SHAPES, PADDED, *BETWEEN)) -> dict[Shape, float]:
+        return {shape: self.off(engine, shape) for shape in shapes}
 
-    def off(self, engine: Call, batch: int, sequence: int) -> float:
-        """The largest difference from fp32 eager, of the output's scale."""
-        feeds = inputs_of(batch, sequence)
+    def off(self, engine: Call, shape: Shape) -> float:
+        """The largest difference of real tokens from fp32 eager, of the output's scale."""
+        feeds = inputs_of(*shape)
+        real = feeds["attention_mask"].bool()
         with torch.inference_mode():
             wanted = self.model.cuda()(**feeds).last_hidden_state
             got = engine(**feeds)
         own = got["last_hidden_state"] if isinstance(got, dict) else got.last_hidden_state
-        return float((own.float() - wanted).abs().max() / wanted.abs().max())
+        return float((own.float() - wanted)[real].abs().max() / wanted[real].abs().max())
 
 
 def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str]) -> None:
     """``wanted``: some of the engines, in this order; all unless given."""
     with tempfile.TemporaryDirectory() as folder:
         made = Encoder(layers, Path(folder))
-        times: dict[str, dict[tuple[int, int], float]] = {}
+        times: dict[str, dict[Shape, float]] = {}
         if not wanted or TORCH in wanted:
             times[TORCH] = latencies(torch.compile(made.half, mode="reduce-overhead", dynamic=False))
             print(TORCH, times[TORCH], flush=True)
@@ -159,65 +183,71 @@ def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str])
                 continue
             try:
                 engine = builds[name]()
-                times[name] = latencies(engine, SHAPES[:1] if " for " in name else SHAPES)
+                shapes = SHAPES[:1] if " for " in name else (*SHAPES, PADDED)
+                times[name] = latencies(engine, shapes)
             except (GraphoptError, RuntimeError) as error:
                 counts.notes.append(f"{name}: {str(error).splitlines()[0][:200]}")
                 print(counts.notes[-1], flush=True)
                 continue
-            off[name] = made.offs(engine, SHAPES[:1] if " for " in name else (*SHAPES, *BETWEEN))
+            off[name] = made.offs(engine, shapes if " for " in name else (*shapes, *BETWEEN))
             # An engine takes minutes: what there is by then is seen.
             print(name, times[name], off[name], flush=True)
             if isinstance(engine, TensorRtEngine):
                 counts.add(name, **kernels_of(layers_of(TENSORRT.module(), engine.opened().engine)))
-                shapes = () if not kernels else SHAPES[:1] if " for " in name else (SHAPES[0], *SHAPES[2:])
-                results.tables += [kernels_at(name, engine, *size) for size in shapes]
+                seen = [shape for shape in shapes if kernels and shape != SHAPES[1]]
+                results.tables += [kernels_at(name, engine, shape) for shape in seen]
         speed(results, layers, times)
         results.tables.append(counts)
         parity(results, off)
 
 
 def engines_of(made: Encoder) -> dict[str, Callable[[], Engine]]:
-    plugin: dict[str, Any] = {"attention": "plugin"}
+    behind, dropped = ({"packed_padding": where} for where in ("behind", "dropped"))
     return {
         "fp16": lambda: made.for_all("fp16", made.fp16),
         "fp16, fp32 sums": lambda: made.for_all("wide", made.fp16, accumulate="fp32"),
-        "fp16, plugin": lambda: made.for_all("plugin", made.fp16, **plugin),
-        "fp16, plugin, fastest sums": lambda: made.for_all("fast", made.fp16, **plugin, accumulate="fastest"),
+        "fp16, packed": lambda: made.for_all("packed", made.packed, **behind),
+        "fp16, packed, fastest sums": lambda: made.for_all("fast", made.packed, **behind, accumulate="fastest"),
+        "fp16, packed, padding dropped": lambda: made.for_all("dropped", made.packed, **dropped),
         "fp16, for 1 x 128": lambda: made.for_one("one", made.fp16),
         "fp16, for 1 x 128, split sums": lambda: made.for_one("split", made.fp16, split_sums=True),
         "plain export": made.exported,
         "int8": lambda: made.for_all("int8", made.int8),
-        "int8, plugin": lambda: made.for_all("int8_plugin", made.int8, **plugin),
+        "int8, packed": lambda: made.for_all("int8_packed", made.packed_int8, **behind),
         "int8, for 1 x 128": lambda: made.for_one("int8_one", made.int8),
         "ONNX Runtime CUDA": lambda: made.on_cuda("cuda"),
     }
 
 
-def kernels_at(name: str, engine: TensorRtEngine, batch: int, sequence: int) -> Table:
-    env, feeds = {"batch": batch, "sequence": sequence}, inputs_of(batch, sequence)
-    return slowest(f"{name}, {batch} x {sequence}", engine.context_for(env), lambda: engine.enqueue(feeds, env, {}))
+def kernels_at(name: str, engine: TensorRtEngine, shape: Shape) -> Table:
+    env, feeds = dict(zip(("batch", "sequence"), shape, strict=False)), inputs_of(*shape)
+    return slowest(f"{name}, {named(shape)}", engine.context_for(env), lambda: engine.enqueue(feeds, env, {}))
 
 
-def latencies(side: Call, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[tuple[int, int], float]:
+def latencies(side: Call, shapes: Sequence[Shape] = (*SHAPES, PADDED)) -> dict[Shape, float]:
     found = {}
-    for batch, sequence in shapes:
-        feeds = inputs_of(batch, sequence)
+    for shape in shapes:
+        feeds = inputs_of(*shape)
         with torch.inference_mode():
-            found[batch, sequence] = median_ms(partial(side, **feeds))
+            found[shape] = median_ms(partial(side, **feeds))
     return found
 
 
-def speed(results: Results, layers: int, times: Mapping[str, Mapping[tuple[int, int], float]]) -> None:
+def speed(results: Results, layers: int, times: Mapping[str, Mapping[Shape, float]]) -> None:
     table = Table(f"BERT of {layers} layers in half precision and int8, median ms, CUDA graphs", "batch x sequence")
-    table.notes.append("engines are for all shapes but where one is named; ONNX Runtime without a CUDA graph")
-    for shape in SHAPES:
+    table.notes.append(
+        "engines are for all shapes but where one is named; ONNX Runtime and dropped padding without CUDA graphs"
+    )
+    for shape in (*SHAPES, PADDED):
         each = {name: own[shape] for name, own in times.items() if shape in own}
-        table.add(f"{shape[0]} x {shape[1]}", **each)
+        table.add(named(shape), **each)
+        if shape == PADDED:
+            continue
         fp16, int8 = (
             min((own for name, own in each.items() if name.startswith(kind)), default=math.nan)
             for kind in ("fp16", "int8")
         )
-        row = f"{shape[0]} x {shape[1]}"
+        row = named(shape)
         if TORCH in each and not math.isnan(fp16):
             results.goals.append(Goal.at_most(f"{row}: fp16 / {TORCH}", AGAINST_TORCH[shape], fp16 / each[TORCH]))
         if "plain export" in each and not math.isnan(fp16):
@@ -227,10 +257,10 @@ def speed(results: Results, layers: int, times: Mapping[str, Mapping[tuple[int, 
     results.tables.append(table)
 
 
-def parity(results: Results, off: Mapping[str, Mapping[tuple[int, int], float]]) -> None:
+def parity(results: Results, off: Mapping[str, Mapping[Shape, float]]) -> None:
     table = Table("Largest difference from fp32 eager, of the output's scale", "batch x sequence")
-    for shape in (*SHAPES, *BETWEEN):
-        table.add(f"{shape[0]} x {shape[1]}", **{name: own[shape] for name, own in off.items() if shape in own})
+    for shape in (*SHAPES, PADDED, *BETWEEN):
+        table.add(named(shape), **{name: own[shape] for name, own in off.items() if shape in own})
     results.goals += [
         Goal.at_most(f"{name}: largest difference from eager", FP16_PARITY, max(own.values()))
         for name, own in off.items()

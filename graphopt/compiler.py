@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -160,7 +160,7 @@ def _compile(
             graph = trace(source.module, source.inputs, source.axes, dims, source.dims, source.truths)
             _refuse_chance(graph)
         with build.part("probe"):
-            proof = make_proof(build.source, graph)
+            proof = make_proof(_promised(source, (getattr(step, "padding", None) for step in build.steps)), graph)
         traced, traced_ops = _check_trace(build, graph, proof), graph.op_counts()
         with build.part("passes"):
             announcer = _Announcer(build)
@@ -227,6 +227,11 @@ class _Announcer:
 
     def after(self, step: Pass, graph: Graph, report: PassReport) -> None:
         self.done += 1
+
+
+def _promised(source: Source, padding: Iterable[object]) -> Source:
+    """The source with padding as passes are promised it by their option ``padding``."""
+    return replace(source, left_padding=False) if "behind" in padding else source
 
 
 def make_proof(source: Source, graph: Graph) -> Proof:
@@ -355,7 +360,8 @@ def source_of(model: str | Source | nn.Module) -> Source:
 
 def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     """Compare an engine directory with a model again, on fresh probes. ParityError if it breaks its contract."""
-    engine, source = artifact.load(folder), source_of(model)
+    engine = artifact.load(folder)
+    source = _promised(source_of(model), (step.get("padding") for step in engine.manifest.pipeline["passes"]))
     layout = engine.layout
     mask = engine.manifest.mask if layout is None else source.mask
     dims = {name: bounds for name, bounds in engine.dims.items() if name in source.traced}

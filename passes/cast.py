@@ -31,7 +31,7 @@ from graphopt.schemas.report import LayerPrecision
 _LOW = frozenset({
     "aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum", "aten.conv1d",
     "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.embedding", "aten.scaled_dot_product_attention",
-    "graphopt.attention", "graphopt.cached_attention",
+    "graphopt.attention", "graphopt.cached_attention", "graphopt.packed_attention",
 })  # fmt: skip
 _HIGH = frozenset({
     "aten.layer_norm", "aten.rms_norm", "aten.group_norm", "aten.batch_norm", "graphopt.add_layer_norm",

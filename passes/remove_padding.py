@@ -11,26 +11,42 @@ What is computed at padding means nothing, and after this pass it is something e
 pass makes sure that nothing else depends on them: attention must hide padding by a proven key mask, and whatever reads
 tokens across positions must be attention, an output, or the first position (which is always kept). An engine then takes
 time for the tokens there are: with 30 % padding, about 30 % less.
+
+With ``attention: packed``, for targets with kernels for texts one behind the other, nothing is unpacked in between::
+
+    %u = graphopt.unpack_tokens.default(x=%l, mask=%mask)
+    %q = aten.reshape.default(self=%u, shape=[batch, sequence, 12, 32])   ->   %q = aten.reshape.default(self=%l, shape=[...])
+    %a = graphopt.attention.default(q=%q, ..., key_mask=%mask)                 %a = graphopt.packed_attention.default(
+    %p = graphopt.pack_tokens.default(x=%a..., mask=%mask)                             q=%q, ..., mask=%mask)
 """
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from graphopt.dims import Size
 from graphopt.ir import Graph, Node, Value
 from graphopt.passes.flatten_tokens import ADD_NORMS, BINARY, NORMS, UNARY
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refusal, Refused, RewriteLog, require
 
 TOKEN_BY_TOKEN = frozenset(
-    path if "." in path else f"aten.{path}" for path in (*UNARY, *NORMS, *BINARY, *ADD_NORMS, "linear")
+    path if "." in path else f"aten.{path}"
+    for path in (*UNARY, *NORMS, *BINARY, *ADD_NORMS, "linear", "graphopt.quantize", "graphopt.static_linear")
 )
+_RESHAPE, _PACK, _UNPACK = "aten.reshape.default", "graphopt.pack_tokens.default", "graphopt.unpack_tokens.default"
+_PACKED_ATTENTION = "graphopt.packed_attention.default"
 
 
 class RemovePadding(Pass):
     """Leave padding out of everything that works token by token."""
 
     kind: Literal["remove_padding"] = "remove_padding"
+    attention: Literal["unpacked", "packed"] = "unpacked"
+    """``packed``: attention reads and gives packed tokens, for ``backend: tensorrt``."""
+    padding: Literal["anywhere", "behind"] = "anywhere"
+    """``behind``: a promise that padding lies behind texts only, on which packed attention needs to rely where the first position
+    is read. Nothing is then compared on other batches."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"attention", "flat_tokens"})
 
@@ -38,7 +54,8 @@ class RemovePadding(Pass):
         log = RewriteLog()
         try:
             mask = _mask_of(graph)
-            entries, exits = _borders(graph, mask)
+            is_first_known = self.attention == "unpacked" or self.padding == "behind"
+            entries, exits = _borders(graph, mask, is_first_known)
         except Refusal as refusal:
             log.refusals.append(Refused("RemovePadding", "the graph", str(refusal)))
             return log
@@ -46,8 +63,12 @@ class RemovePadding(Pass):
             _pack(graph, node, mask, self.kind)
         for node in exits:
             _unpack(graph, node, mask, self.kind)
-        log.matches = {"pack": len(entries), "unpack": len(exits)}
+        if self.attention == "packed":
+            log.refusals += _pack_attentions(graph, self.kind)
         graph.prune()
+        ops = graph.op_counts()
+        made = {"pack": _PACK, "unpack": _UNPACK, "attention": _PACKED_ATTENTION}
+        log.matches = {name: ops[op] for name, op in made.items() if op in ops}
         return log
 
 
@@ -62,9 +83,9 @@ def _mask_of(graph: Graph) -> Value:
     return found
 
 
-def _borders(graph: Graph, mask: Value) -> tuple[list[Node], list[Node]]:
+def _borders(graph: Graph, mask: Value, is_first_known: bool) -> tuple[list[Node], list[Node]]:
     """The reshapes from ``[batch, sequence, ...]`` to flat tokens, and those back. Refusal if anything else would see a
-    difference."""
+    difference. ``is_first_known``: whether the first position of every row is computed as before."""
     batch, sequence = mask.type.shape
     tokens = batch * sequence
     flat = {v for v in graph.values.values() if len(v.type.shape) == 2 and v.type.shape[0] == tokens}
@@ -74,7 +95,7 @@ def _borders(graph: Graph, mask: Value) -> tuple[list[Node], list[Node]]:
     for node in graph.nodes:
         gives = any(value in flat for value in node.outputs)
         takes = any(operand in flat for operand in node.operands)
-        if node.op == "aten.reshape.default" and gives != takes:
+        if node.op == _RESHAPE and gives != takes:
             source, result = node.args["self"], node.output
             split = source if gives else result
             require(
@@ -87,7 +108,7 @@ def _borders(graph: Graph, mask: Value) -> tuple[list[Node], list[Node]]:
     for name, value in graph.outputs.items():
         require(value not in flat, f"the output {name!r} is flat")
     for node in exits:
-        _check_readers(graph, node.output, mask)
+        _check_readers(graph, node.output, mask, is_first_known)
     return entries, exits
 
 
@@ -98,17 +119,21 @@ def _is_token_by_token(node: Node) -> bool:
     return node.op.rpartition(".")[0] in TOKEN_BY_TOKEN
 
 
-def _check_readers(graph: Graph, value: Value, mask: Value) -> None:
+def _check_readers(graph: Graph, value: Value, mask: Value, is_first_known: bool) -> None:
     """Whoever reads unpacked tokens must not let padding touch real ones."""
     for reader in value.users:
         if reader.op == "graphopt.attention.default" and reader.args["heads_last"]:
             continue  # queries stay where they are, keys are masked
         if reader.op == "graphopt.rotary_embedding.default" or _keeps_positions(reader, mask):
             for result in reader.outputs:
-                _check_readers(graph, result, mask)
+                _check_readers(graph, result, mask, is_first_known)
             continue
         first = reader.op == "aten.select.int" and reader.args["dim"] == 1 and reader.args["index"] == 0
         require(first, f"{reader.where} reads tokens across positions")
+        require(
+            is_first_known,
+            f"{reader.where} reads the first position, which packed attention may take for padding: set padding: behind",
+        )
 
 
 def _keeps_positions(node: Node, mask: Value) -> bool:
@@ -124,14 +149,72 @@ def _pack(graph: Graph, node: Node, mask: Value, label: str) -> None:
     if rows.type.shape != shape:
         rows = graph.insert("aten.reshape.default", {"self": rows, "shape": shape}, before=node, origin=origin).output
     args = {"x": rows, "mask": mask}
-    graph.stand_in(graph.insert("graphopt.pack_tokens.default", args, before=node, origin=origin).output, node)
+    graph.stand_in(graph.insert(_PACK, args, before=node, origin=origin).output, node)
 
 
 def _unpack(graph: Graph, node: Node, mask: Value, label: str) -> None:
     origin = (*node.origin, label)
     args = {"x": node.args["self"], "mask": mask}
-    unpacked = graph.insert("graphopt.unpack_tokens.default", args, before=node, origin=origin).output
+    unpacked = graph.insert(_UNPACK, args, before=node, origin=origin).output
     if unpacked.type == node.output.type:
         graph.stand_in(unpacked, node)
     else:
         graph.set_args(node, {"self": unpacked})
+
+
+# Attention of packed tokens
+
+
+def _pack_attentions(graph: Graph, label: str) -> list[Refused]:
+    refused = []
+    for node in [node for node in graph.nodes if node.op == "graphopt.attention.default"]:
+        try:
+            _pack_attention(graph, node, label)
+        except Refusal as refusal:
+            refused.append(Refused("PackAttention", node.where, str(refusal)))
+    return refused
+
+
+def _pack_attention(graph: Graph, node: Node, label: str) -> None:
+    """Refusal if it does more than hide padding, or is read by others than a pack."""
+    plain = {"causal": "none", "window_left": -1, "window_right": -1, "chunk": 0, "softcap": 0.0, "heads_last": True}
+    others = ("bias", "kv_lengths", "sinks", "segments", "prefix", "starts")
+    odd = [name for name, value in plain.items() if node.args[name] != value]
+    odd += [name for name in others if node.args[name] is not None]
+    require(not odd, f"packed attention has no {', '.join(odd)}")
+    packed = {name: _packed(node.args[name]) for name in "qkv"}
+    packs = _packs_behind(graph, node.output)
+    require(packs, "its result is read unpacked")
+    origin = (*node.origin, label)
+
+    def reshaped(value: Value, shape: tuple[Size, ...], before: Node) -> Value:
+        return graph.insert(_RESHAPE, {"self": value, "shape": shape}, before=before, origin=origin).output
+
+    heads = {name: (rows, (rows.type.shape[0], *node.args[name].type.shape[2:])) for name, rows in packed.items()}
+    split = {part: reshaped(*part, before=node) for part in dict.fromkeys(heads.values())}
+    args = {name: split[part] for name, part in heads.items()}
+    args |= {"mask": node.args["key_mask"], "scale": node.args["scale"]}
+    made = graph.insert(_PACKED_ATTENTION, args, before=node, origin=origin).output
+    for pack in packs:
+        graph.stand_in(reshaped(made, pack.output.type.shape, before=pack), pack)
+
+
+def _packs_behind(graph: Graph, value: Value) -> list[Node]:
+    """The packs that read a value, as it is or with its heads put together; none if anything else does."""
+    found = []
+    for user in value.users:
+        packs = _packs_behind(graph, user.output) if user.op == _RESHAPE else [user] if user.op == _PACK else []
+        if not packs:
+            return []
+        found += packs
+    return [] if graph.is_output(value) else found
+
+
+def _packed(value: Value) -> Value:
+    """The packed tokens that are unpacked and split into heads as ``value``."""
+    split = value.producer
+    unpack = split.args["self"].producer if split is not None and split.op == _RESHAPE else None
+    if unpack is None or unpack.op != _UNPACK:
+        raise Refusal(f"%{value.name} is more than unpacked tokens split into heads")
+    rows: Value = unpack.args["x"]
+    return rows

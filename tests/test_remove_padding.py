@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers as t
 
 import graphopt
+from graphopt.eager import eager
+from graphopt.errors import LoweringError
 from graphopt.execution import run
 from graphopt.ir import Graph
 from graphopt.passes.remove_padding import RemovePadding
 from graphopt.pipeline import run_passes
+from graphopt.sources import transformers_source
 from tests.onnx_helpers import ONNXRUNTIME, emit, run_onnxruntime
 
 BEFORE = """graph {
@@ -85,6 +91,103 @@ def test_engine_computes_real_tokens_only() -> None:
     mask = torch.tensor([[True, True, False, False], [False, False, False, True]])
     results = run_onnxruntime(emit(after, ONNXRUNTIME), {"x": torch.randn(2, 4, 8), "mask": mask})
     assert results[2].shape == (4, 8)
+
+
+_SPLIT = "f32[batch*sequence, 2, 4] = aten.reshape.default(self=%l, shape=[batch*sequence, 2, 4])"
+_ARGS = "q=%reshape_1, k=%reshape_1, v=%reshape_1, mask=%mask, scale=0.5"
+PACKED = f"""{AFTER[: AFTER.index("  %unpack_tokens")]}\
+  %reshape_1: {_SPLIT}
+  %packed_attention: f32[batch*sequence, 2, 4] = graphopt.packed_attention.default({_ARGS})
+  %g: f32[batch*sequence, 8] = aten.reshape.default(self=%packed_attention, shape=[batch*sequence, 8])
+{AFTER[AFTER.index("  %s: ") :]}"""
+
+
+def test_golden_of_packed_attention() -> None:
+    found = graph()
+    (report,) = run_passes(found, [RemovePadding(attention="packed", padding="behind")])
+    assert str(found) == PACKED
+    assert report.matches == {"pack": 1, "unpack": 1, "attention": 1}
+
+
+@pytest.mark.parametrize(("batch", "sequence"), [(2, 5), (3, 17), (1, 1)])
+def test_packed_attention_is_equal_where_the_mask_is_set(batch: int, sequence: int) -> None:
+    before = graph()
+    after = before.clone()
+    run_passes(after, [RemovePadding(attention="packed", padding="behind")])
+    inputs = {"x": torch.randn(batch, sequence, 8), "mask": torch.rand(batch, sequence) < 0.6}
+    inputs["mask"][:, -1] = True
+    expected, got = run(before, inputs), run(after, inputs)
+    torch.testing.assert_close(got["hidden"][inputs["mask"]], expected["hidden"][inputs["mask"]])
+    starts = inputs["mask"][:, 0]
+    torch.testing.assert_close(got["first"][starts], expected["first"][starts])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("scale=0.5", "scale=0.5, window_left=2", "packed attention has no window_left"),
+        ("output first = %c", "output first = %c\n  output a = %a", "its result is read unpacked"),
+        (
+            "output first = %c",
+            "%z: f32[batch, sequence, 8] = aten.reshape.default(self=%a, shape=[batch, sequence, 8])\n  output first = %z",
+            "its result is read unpacked",
+        ),
+    ],
+)
+def test_attention_that_stays_unpacked(old: str, new: str, reason: str) -> None:
+    found = graph(BEFORE.replace(old, new))
+    (report,) = run_passes(found, [RemovePadding(attention="packed", padding="behind")])
+    assert [refusal.reason for refusal in report.refusals] == [reason]
+    assert report.matches == {"pack": 2, "unpack": 2}
+
+
+def test_packed_attention_needs_a_promise_where_the_first_position_is_read() -> None:
+    found = graph()
+    (report,) = run_passes(found, [RemovePadding(attention="packed", allow_no_match=True)])
+    assert "reads the first position, which packed attention may take for padding" in report.refusals[0].reason
+    assert str(found) == BEFORE
+    found = graph(
+        BEFORE.replace("  %c: f32[batch, 8] = aten.select.int(self=%y, dim=1, index=0)\n", "").replace(
+            "  output first = %c\n", ""
+        )
+    )
+    (report,) = run_passes(found, [RemovePadding(attention="packed")])
+    assert report.matches["attention"] == 1
+
+
+def test_what_is_promised_of_padding_is_what_is_compared(tmp_path: Path) -> None:
+    """The pooled first token of a text with padding before it is eager's no longer."""
+    torch.manual_seed(0)
+    config = t.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    source = transformers_source(t.BertModel(config), name="bert")
+    kinds = ("canonicalize", "fuse_attention", "heads_last", "flatten_tokens")
+    steps = [
+        *({"kind": kind} for kind in kinds),
+        {"kind": "remove_padding", "attention": "packed", "padding": "behind"},
+    ]
+    made = graphopt.compile(source, tmp_path / "e", passes=steps, target={"backend": "torch"})
+    assert made.report.final_ops["graphopt.packed_attention.default"] == 2
+    assert made.report.engine is not None
+    assert made.report.engine.holds
+    assert graphopt.verify(tmp_path / "e", source).holds
+    ids = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    got, expected = made.engine(**feeds), eager(source.module)(**feeds)
+    real = mask.bool()
+    torch.testing.assert_close(got["last_hidden_state"][real], expected["last_hidden_state"][real])
+    same = (got["pooler_output"] - expected["pooler_output"]).abs().amax(1) < 1e-5
+    assert same.tolist() == [True, False]
+
+
+def test_packed_attention_is_for_targets_that_have_kernels() -> None:
+    found = graph()
+    run_passes(found, [RemovePadding(attention="packed", padding="behind")])
+    with pytest.raises(LoweringError, match="need remove_padding without attention: packed"):
+        emit(found, ONNXRUNTIME)
 
 
 @pytest.mark.parametrize(

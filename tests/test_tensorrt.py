@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -27,7 +28,7 @@ from graphopt.ir import Graph, Weight
 from graphopt.runtime.cache import CacheLayout
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.sources import Source
-from tests.onnx_helpers import assert_same, emit, run_onnxruntime
+from tests.onnx_helpers import assert_same, emit, run_onnxruntime, run_reference
 from tests.rules import inputs_of, load, program
 
 OLD = tensorrt_dialect(lambda op: op not in flavours._SINCE)
@@ -140,6 +141,19 @@ def test_a_long_sum_with_few_tiles_is_taken_in_parts(bias: str, sizes: Mapping[s
     assert (ops.count("MatMul"), ops.count("ReduceSum")) == (1, 1)
     inputs = inputs_of(graph, dict(sizes))
     assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-2)
+
+
+@pytest.mark.parametrize(("parts", "fits"), [(True, False), (False, True)])
+def test_parts_that_half_precision_does_not_hold(parts: bool, fits: bool) -> None:
+    """1024 times 100 is more than 65,504: what split_sums says of itself. By the reference, which rounds where the model does."""
+    graph = graph_of(LINEAR.format(""))
+    row = torch.cat([torch.full((1024,), 1.0), torch.full((1024,), -1.0)])
+    graph.weights["w"] = Weight.of(row.expand(64, 2048).half().contiguous())
+    device = Device(132, FEW if parts else MANY)
+    dialect = tensorrt_dialect(lambda op: True, device=device, accumulate="long")
+    with np.errstate(over="ignore", invalid="ignore"):
+        (got,) = run_reference(emit(graph, dialect), {"x": torch.full((1, 1, 2048), 100.0).half()})
+    assert bool((got == 0).all()) == fits
 
 
 @pytest.mark.parametrize("profiles", [FEW, MANY], ids=["parts", "whole"])
@@ -258,6 +272,7 @@ def test_sizes_that_are_refused(options: dict[str, Any], reason: str) -> None:
         ({"profiles": [{"a": (2, 1, 3)}]}, r"a: \[2, 1, 3\] is not smallest, expected, largest"),
         ({"workspace": 0}, "greater than or equal to 1"),
         ({"optimization_level": 6}, "less than or equal to 5"),
+        ({"split_sums": True, "accumulate": "fp32"}, "split_sums adds up parts in half precision"),
         ({"compute_capabilities": ["8.9"]}, "compute_capabilities are for backend: tensorrt_rtx"),
     ],
 )

@@ -348,6 +348,13 @@ def _unpack(e: Emitter, node: Node) -> Lowered:
     return Reshaped(e.op("Gather", e.value(node.args["x"]), e.once(("unpacked places", mask.name), make), axis=0))
 
 
+@lowers("graphopt.packed_attention")
+def _packed_attention(e: Emitter, node: Node) -> Lowered:
+    raise Unsupported(
+        "kernels for packed texts are those of backend: tensorrt; others need remove_padding without attention: packed"
+    )
+
+
 # Rotary embedding
 
 

@@ -22,10 +22,10 @@ from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, load_plu
 from graphopt.backends.tensorrt.inspection import check_kernels, kernels_of, layers_of
 from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Options, profiles_of
-from graphopt.backends.tensorrt.plugin_attention import CREATOR, why_not
+from graphopt.backends.tensorrt.plugin_attention import ATTENTION, CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
-from graphopt.ir import Graph, Node
+from graphopt.ir import Graph
 from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
@@ -50,12 +50,6 @@ class TensorRtBackend(Backend):
                 "compute_capabilities are for backend: tensorrt_rtx; tensorrt builds for the GPU that is here",
                 where="target.options",
             )
-        if self._has_plugins and self.flavour is RTX:
-            raise PipelineError("TensorRT-RTX has no plugins", where="target.options.attention")
-
-    @property
-    def _has_plugins(self) -> bool:
-        return self.options.attention == "plugin"
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -76,10 +70,9 @@ class TensorRtBackend(Backend):
             inputs = {name: value.type for name, value in graph.inputs.items()}
             device = Device.here(profiles_of(inputs, graph.dims, self.options, layout_of(graph)))
         quirks = quirks_in_force(self.name, own)
-        if self._has_plugins and not any(why_not(graph, node) for node in _attentions(graph)):
-            quirks = [quirk for quirk in quirks if not quirk.of_compiled_attention]
+        padding = self.options.packed_padding if self.flavour.has_plugins else None
         dialect = tensorrt_dialect(
-            parsed_ops(self.flavour), self.name, quirks, device, self.options.accumulate, self._has_plugins
+            parsed_ops(self.flavour), self.name, quirks, device, self.options.accumulate, padding
         )
         return Emitter(graph, dialect)
 
@@ -93,10 +86,9 @@ class TensorRtBackend(Backend):
         inputs = {name: value.type for name, value in graph.inputs.items()}
         profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
         trt = self.flavour.module()  # before anything is written
-        if self._has_plugins:
+        if self.flavour.has_plugins and ATTENTION in graph.op_counts():
             load_plugins(trt, [CREATOR])
         emitter = self.emit(graph)
-        left = _not_by_plugin(graph) if self._has_plugins else []
         origins = {
             str(node.name): node.metadata_props.get("graphopt.origin", "") for node in emitter.model.graph.all_nodes()
         }
@@ -108,7 +100,7 @@ class TensorRtBackend(Backend):
         kernels: dict[str, int] = {}
         if self.unrunnable() is None:
             kernels = kernels_of(layers_of(trt, opened_plan(self.flavour, plan.data, folder / PLAN).engine))
-        warnings = [f"{self.name}: {each}" for each in (*plan.warnings, *left)]
+        warnings = [f"{self.name}: {each}" for each in plan.warnings]
         for fault, places in emitter.avoided.items():
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
         if kernels:
@@ -138,24 +130,6 @@ class TensorRtBackend(Backend):
             "engines here": cls.unrunnable() or "can run",
             "faults in force": faults_in_force(cls.name, version),
         }
-
-
-def _attentions(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if node.op == "graphopt.attention.default"]
-
-
-def _not_by_plugin(graph: Graph) -> list[str]:
-    """What to tell of attention that stays with the compiler. PipelineError if all of it does."""
-    nodes = _attentions(graph)
-    reasons = {node: reason for node in nodes if (reason := why_not(graph, node)) is not None}
-    if len(reasons) == len(nodes):
-        first = next(iter(reasons), None)
-        raise PipelineError(
-            f"no attention is one that the plugin computes: {'there is none' if first is None else reasons[first]}",
-            where="target.options.attention" if first is None else first.where,
-            hint="leave out attention: plugin",
-        )
-    return [f"{node.where}: attention stays with the compiler: {reason}" for node, reason in reasons.items()]
 
 
 class TensorRtRtxBackend(TensorRtBackend):

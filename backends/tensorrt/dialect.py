@@ -14,8 +14,9 @@ from graphopt.backends.onnx.quantized import static_linear, static_linear_of_flo
 from graphopt.backends.quirks import Quirk
 from graphopt.backends.tensorrt.cached import new_rows, over_buffers, without_buffers
 from graphopt.backends.tensorrt.linears import Device, linears
-from graphopt.backends.tensorrt.options import Accumulate
-from graphopt.backends.tensorrt.plugin_attention import PLUGIN, plugin_attention
+from graphopt.backends.tensorrt.options import Accumulate, PackedPadding
+from graphopt.backends.tensorrt.packed import packed, unpacked
+from graphopt.backends.tensorrt.plugin_attention import plugin_attention
 from graphopt.dims import Size
 from graphopt.ir import Node, Value
 
@@ -29,10 +30,11 @@ def tensorrt_dialect(
     quirks: Sequence[Quirk] = (),
     device: Device | None = None,
     accumulate: Accumulate = "fastest",
-    plugin: bool = False,
+    padding: PackedPadding | None = None,
 ) -> Dialect:
     """The dialect of an importer. ``parses``: whether it knows an op; ``device``: what linears are to fill, if that is known;
-    ``accumulate``: what they are summed in; ``plugin``: attention that the library has a plugin for is its."""
+    ``accumulate``: what they are summed in; ``padding``: what becomes of it where tokens are packed, if the importer has a plugin
+    for their attention."""
     lowerings: dict[str, Lowering] = {**STANDARD.lowerings, **_WITHOUT_INTEGERS}
     forms: dict[str, Lowering] = {"products": products}
     if parses("Attention"):
@@ -40,8 +42,12 @@ def tensorrt_dialect(
     if not parses("TensorScatter"):
         forms = {"over_buffers": over_buffers, **{form: without_buffers(lowering) for form, lowering in forms.items()}}
         lowerings["graphopt.kv_cache_update"] = new_rows
-    if plugin:
-        forms = {PLUGIN: plugin_attention(accumulate), **forms}
+    if padding is not None:
+        lowerings |= {
+            "graphopt.pack_tokens": packed(padding),
+            "graphopt.unpack_tokens": unpacked,
+            "graphopt.packed_attention": plugin_attention(accumulate),
+        }
     if not parses("RMSNormalization"):
         lowerings |= {"aten.rms_norm": _rms_norm, "graphopt.add_rms_norm": _add_rms_norm}
     if not parses("RotaryEmbedding"):

@@ -14,7 +14,8 @@ from torch import Tensor
 from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
 from graphopt.backends.tensorrt.flavours import Flavour, load_plugins, logger_of
 from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
-from graphopt.errors import BackendError, InputError
+from graphopt.backends.tensorrt.plugin_attention import ATTENTION
+from graphopt.errors import BackendError, InputError, PipelineError
 from graphopt.execution import bind_dims
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import Engine, signature, to_torch
@@ -22,6 +23,7 @@ from graphopt.runtime.kv_cache import KvCache
 from graphopt.schemas.manifest import Manifest
 
 PLAN = "model.plan"
+_BY_DATA = "NON_ZERO"  # the kind of layers whose results have sizes that depend on data
 _RECORDED = 16  # CUDA graphs that are kept, the least recently used one first to go
 
 
@@ -45,6 +47,12 @@ class TensorRtEngine(Engine):
         self, folder: Path, manifest: Manifest, flavour: Flavour, options: Options, cuda_graphs: bool = False
     ) -> None:
         super().__init__(manifest)
+        if cuda_graphs and _BY_DATA in manifest.report.engine_ops:
+            raise PipelineError(
+                "the engine leaves padding out, so its sizes depend on its data and its calls cannot be recorded",
+                where=str(folder),
+                hint="load it without cuda_graphs, or compile with target.options: {packed_padding: behind}",
+            )
         self.folder, self.flavour, self.options, self.cuda_graphs = folder, flavour, options, cuda_graphs
         self.profiles = profiles_of(self.inputs, self.dims, options, self.layout)
         self._opened: Opened | None = None
@@ -57,7 +65,7 @@ class TensorRtEngine(Engine):
                 raise BackendError(
                     f"the engine cannot run here: {reason}", hint="run it on the device it was built for"
                 )
-            if self.options.attention == "plugin":
+            if ATTENTION in self.manifest.report.final_ops:
                 load_plugins(self.flavour.module())
             data = (self.folder / PLAN).read_bytes()
             built = self.manifest.versions.get(self.flavour.name, "?")

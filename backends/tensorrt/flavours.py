@@ -16,12 +16,14 @@ from graphopt.errors import BackendError, MissingBackendError
 class Flavour:
     """A library: ``name`` is the backend's, ``modules`` those that its Python API may be found in, ``packages`` what to install.
 
-    ``builds_without_gpu``: whether engines are built for devices that are not there, by rules instead of timings."""
+    ``builds_without_gpu``: whether engines are built for devices that are not there, by rules instead of timings;
+    ``has_plugins``: whether it brings some."""
 
     name: str
     modules: tuple[str, ...]
     packages: str
     builds_without_gpu: bool
+    has_plugins: bool
 
     def module(self) -> Any:
         """Its Python API. MissingBackendError if it is not installed."""
@@ -37,12 +39,13 @@ class Flavour:
         return version
 
 
-TENSORRT = Flavour("tensorrt", ("tensorrt",), "'graphopt[tensorrt]' on a machine with an NVIDIA GPU", False)
+TENSORRT = Flavour("tensorrt", ("tensorrt",), "'graphopt[tensorrt]' on a machine with an NVIDIA GPU", False, True)
 RTX = Flavour(
     "tensorrt_rtx",
     ("tensorrt_rtx", "tensorrt_rtx_bindings"),
     "tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
     True,
+    False,
 )
 
 #: What the parser of TensorRT 10.6 has not, of the ops that the standard dialect uses.

@@ -18,6 +18,7 @@ Profile = Mapping[str, tuple[int, int, int]]
 Capability = Literal["7.5", "8.0", "8.6", "8.9", "12.0"]
 #: What linears of half precision are summed in.
 Accumulate = Literal["fp32", "long", "fastest"]
+PackedPadding = Literal["dropped", "behind"]
 _COMMON = 128  # what is expected of a size whose range says nothing else
 
 
@@ -33,12 +34,12 @@ class Options(Schema):
     accumulate: Accumulate = "long"
     """What linears of half precision are summed in. ``fp32``: as eager PyTorch; ``fastest``: whatever the builder's fastest
     kernels do, which may be half precision; ``long``: fp32 where sums are of 2048 features or more."""
-    attention: Literal["compiled", "plugin"] = "compiled"
-    """``plugin``: encoders' attention in half precision, with heads of 64 and up to 512 tokens, by the library's own plugin,
-    which is faster for large batches and slower for small ones. Padding must lie at one end of each row; rows where it lies
-    elsewhere give NaN."""
+    packed_padding: PackedPadding = "dropped"
+    """Where ``remove_padding`` packs tokens: padding is ``dropped``, and sizes depend on the data; or it goes ``behind`` all
+    tokens, no size changes, calls can be CUDA graphs, and only attention takes less time."""
     split_sums: bool = False
-    """Long sums of linears whose results are few tiles in two parts (split-K), for the GPU that is here."""
+    """Long sums of linears whose results are few tiles in two parts (split-K), for the GPU that is here. Each part must fit into
+    half precision, which holds up to 65,504, where the whole may."""
     tf32: bool = False
     """Products of fp32 in TF32: faster, with 10 bits of mantissa."""
     sparse_weights: bool = False
@@ -60,6 +61,8 @@ class Options(Schema):
     def _one_way(self) -> Options:
         if self.profiles is not None and self.shapes:
             raise ValueError("profiles and shapes exclude each other")
+        if self.split_sums and self.accumulate == "fp32":
+            raise ValueError("split_sums adds up parts in half precision, and accumulate: fp32 asks for fp32")
         for profile in self.profiles or ():
             for name, (low, best, high) in profile.items():
                 if not 0 <= low <= best <= high:

@@ -386,3 +386,30 @@ def unpack_tokens(x: Tensor, mask: Tensor) -> Tensor:
     """The inverse of ``pack_tokens``: x ``[B * S, K]`` as ``[B, S, K]``. At padding the result is finite, and means nothing."""
     places = torch.argsort(_packing_order(mask))
     return x[places].reshape(*mask.shape, x.shape[1])
+
+
+@own_op(
+    "(Tensor q, Tensor k, Tensor v, Tensor mask, *, float scale) -> Tensor",
+    lambda args: (args["q"].new_empty((*args["q"].shape[:2], args["v"].shape[2])),),
+)
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """Attention of packed tokens: the real tokens of a row to each other, and its first one to itself if it is padding.
+
+    q ``[B * S, Hq, D]``, k ``[B * S, Hkv, D]``, v ``[B * S, Hkv, Dv]`` as ``pack_tokens`` orders them by ``mask``, bool
+    ``[B, S]``; result ``[B * S, Hq, Dv]``, in that order."""
+    order = _packing_order(mask)
+    places = torch.argsort(order)
+    apart = (part[places].reshape(*mask.shape, *part.shape[1:]) for part in (q, k, v))
+    result: Tensor = attention(*apart, segments=mask, scale=scale, heads_last=True)
+    return torch.where(_is_alone(mask), _repeated(v[places], q.shape[1]), result.flatten(0, 1))[order]
+
+
+def _is_alone(mask: Tensor) -> Tensor:
+    """``[B * S, 1, 1]``: which tokens are padding at the first place of a row."""
+    alone = ~mask & (torch.arange(mask.shape[1], device=mask.device) == 0)
+    return alone.flatten()[:, None, None]
+
+
+def _repeated(v: Tensor, heads: int) -> Tensor:
+    """Values ``[T, Hkv, Dv]`` for each of the query heads."""
+    return v.repeat_interleave(heads // v.shape[1], 1)

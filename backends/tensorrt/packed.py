@@ -1,0 +1,100 @@
+"""Packed tokens for TensorRT, whose importer makes a loop of CumSum: running sums are products with triangles of ones.
+
+``packed_padding: dropped`` gives as many rows as there are tokens, so that sizes depend on the data and calls cannot be CUDA
+graphs; ``behind`` keeps all rows, padding behind the tokens of all texts: no size changes, and only attention takes less time.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Reshaped
+from graphopt.backends.tensorrt.options import PackedPadding
+from graphopt.dims import Size
+from graphopt.ir import Node, Value
+
+
+def packed(padding: PackedPadding) -> Lowering:
+    """The rows of the tokens, one text behind the other."""
+
+    def lower(e: Emitter, node: Node) -> Lowered:
+        x, mask = node.args["x"], node.args["mask"]
+        all_of_them = e.vector((mask.type.shape[0] * mask.type.shape[1],))
+        make = _only_tokens if padding == "dropped" else _tokens_first
+        rows = e.once(("packed rows", mask.name), lambda: make(e, mask, all_of_them))
+        whole = e.reshape(e.elements(x), (mask.type.shape[0] * mask.type.shape[1], x.type.shape[2]))
+        return e.op("Gather", whole, rows, axis=0)
+
+    return lower
+
+
+def _only_tokens(e: Emitter, mask: Value, count: ir.Value) -> ir.Value:
+    kept = e.op("Reshape", _kept_tokens(e, mask), count)
+    return e.op("Reshape", e.op("NonZero", kept), e.vector([-1]))
+
+
+def _tokens_first(e: Emitter, mask: Value, count: ir.Value) -> ir.Value:
+    """Every row's number at the place where the row goes; padding goes behind all tokens, as many as there are before it."""
+    places = e.op("Reshape", _places(e, mask), count)
+    kept = e.op("Reshape", _kept_tokens(e, mask), count)
+    numbers = e.op("Range", e.scalar(0), e.op("Squeeze", count), e.scalar(1))
+    # tokens up to and with this one are places + 1, so padding before this one is numbers - places - 1
+    padding = e.op("Sub", e.op("Add", _tokens(e, mask), e.op("Sub", numbers, places)), e.scalar(1))
+    return e.op("ScatterElements", numbers, e.op("Where", kept, places, padding), numbers, axis=0)
+
+
+def unpacked(e: Emitter, node: Node) -> Lowered:
+    """Every position's row; padding takes the row of the last token before it."""
+    mask: Value = node.args["mask"]
+    places = e.once(("unpacked rows", mask.name), lambda: e.op("Reshape", _places(e, mask), e.vector([-1])))
+    return Reshaped(e.op("Gather", e.value(node.args["x"]), places, axis=0))
+
+
+def tokens_before(e: Emitter, mask: Value) -> ir.Value:
+    """How many tokens the rows before each one have, in fp32 ``[B]`` (exact: the numbers are small, TF32 or not)."""
+
+    def make() -> ir.Value:
+        counts = e.op("ReduceSum", e.cast(_kept_tokens(e, mask), torch.bool, torch.float32), e.vector([1]), keepdims=1)
+        before = e.op("MatMul", _triangle(e, mask.type.shape[0], "Less"), counts)
+        return e.op("Squeeze", before, e.vector([1]))
+
+    return e.once(("tokens before", mask.name), make)
+
+
+def _places(e: Emitter, mask: Value) -> ir.Value:
+    """The packed row of each token, of padding that of the last token before it; i64 ``[B, S]``."""
+
+    def make() -> ir.Value:
+        kept = e.cast(_kept_tokens(e, mask), torch.bool, torch.float32)
+        inside = e.op("MatMul", kept, e.op("Transpose", _triangle(e, mask.type.shape[1], "LessOrEqual"), perm=[1, 0]))
+        row = e.op("Add", inside, e.op("Unsqueeze", tokens_before(e, mask), e.vector([1])))
+        return e.cast(e.op("Sub", row, e.constant(1.0, torch.float32)), torch.float32, torch.int64)
+
+    return e.once(("places of tokens", mask.name), make)
+
+
+def _tokens(e: Emitter, mask: Value) -> ir.Value:
+    """How many tokens there are."""
+    kept = e.cast(_kept_tokens(e, mask), torch.bool, torch.int64)
+    return e.once(("tokens", mask.name), lambda: e.op("ReduceSum", kept, e.vector([0, 1]), keepdims=0))
+
+
+def _kept_tokens(e: Emitter, mask: Value) -> ir.Value:
+    """``[B, S]``: the tokens that are packed, which are those of the mask and the first of every row."""
+
+    def make() -> ir.Value:
+        places = e.op("Range", e.scalar(0), e.scalar(mask.type.shape[1]), e.scalar(1))
+        return e.op("Or", e.value(mask), e.op("Equal", places, e.scalar(0)))
+
+    return e.once(("kept tokens", mask.name), make)
+
+
+def _triangle(e: Emitter, size: Size, compare: str) -> ir.Value:
+    """``[size, size]`` in fp32: 1 where a column's number compares so with its row's."""
+
+    def make() -> ir.Value:
+        numbers = e.op("Range", e.scalar(0), e.scalar(size), e.scalar(1))
+        return e.cast(e.op(compare, numbers, e.op("Unsqueeze", numbers, e.vector([1]))), torch.bool, torch.float32)
+
+    return e.once(("triangle", size, compare), make)
