@@ -51,6 +51,7 @@ def _integers_of_attention(node: Node, form: str) -> bool:
 
 
 _MOVES = {f"aten.{name}" for name in ("transpose.int", "reshape.default", "view.default", "permute.default")}
+_MOVES |= {"graphopt.pack_tokens.default"}
 
 QUIRKS: tuple[Quirk, ...] = (
     Quirk(

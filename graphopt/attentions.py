@@ -11,6 +11,7 @@ from graphopt.ir import Graph, Node, Value
 from graphopt.schemas.report import AttentionReport, RefusalReport
 
 FUSED = "graphopt.attention.default"
+PACKED = "graphopt.packed_attention.default"
 PROOF = "ProveMask"  # the rule that says why a mask stays a bias
 _SDPA = "aten.scaled_dot_product_attention"
 _SOFTMAX = frozenset({"aten.softmax", "aten._softmax", "aten._safe_softmax"})
@@ -30,7 +31,7 @@ _CARRIES = frozenset(
 
 def fused(graph: Graph) -> list[Node]:
     """The attentions that are one op."""
-    return [node for node in graph.nodes if node.op == FUSED]
+    return [node for node in graph.nodes if node.op in (FUSED, PACKED)]
 
 
 def unfused(graph: Graph) -> list[Node]:
@@ -90,6 +91,8 @@ def table(graph: Graph, refusals: Iterable[RefusalReport]) -> list[AttentionRepo
             has_bias = node.args["bias"] is not None
             unproven = reasons.get((_place(node.where), True), "") if has_bias else ""
             rows.append(describe(node).model_copy(update={"unproven": unproven}))
+        elif node.op == PACKED:
+            rows.append(_describe_packed(node))
         elif node in left:
             product = weighed(node)[0]
             reason = reasons.get((_place(product.where), False), "fuse_attention was not run")
@@ -121,6 +124,15 @@ def describe(node: Node) -> AttentionReport:
         mask=", ".join(_mask_parts(node)) or "none",
         extras=[name for name in ("softcap", "sinks") if args[name] not in (None, 0.0)],
     )
+
+
+def _describe_packed(node: Node) -> AttentionReport:
+    q, k, v = (node.args[name].type.shape for name in "qkv")
+    length = str(node.args["mask"].type.shape[1])
+    return AttentionReport(
+        name=node.output.name, where=node.where, heads=str(q[1]), kv_heads=str(k[1]), size=str(q[2]), value_size=str(v[2]),
+        queries=length, keys=length, mask="padding, packed",
+    )  # fmt: skip
 
 
 def _mask_parts(node: Node) -> Iterator[str]:

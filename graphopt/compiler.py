@@ -160,7 +160,9 @@ def _compile(
             graph = trace(source.module, source.inputs, source.axes, dims, source.dims, source.truths)
             _refuse_chance(graph)
         with build.part("probe"):
-            proof = make_proof(_promised(source, (getattr(step, "padding", None) for step in build.steps)), graph)
+            proof = make_proof(
+                source, graph, _behind(step.model_dump(include={"kind", "padding"}) for step in build.steps)
+            )
         traced, traced_ops = _check_trace(build, graph, proof), graph.op_counts()
         with build.part("passes"):
             announcer = _Announcer(build)
@@ -229,17 +231,17 @@ class _Announcer:
         self.done += 1
 
 
-def _promised(source: Source, padding: Iterable[object]) -> Source:
-    """The source with padding as passes are promised it by their option ``padding``."""
-    return replace(source, left_padding=False) if "behind" in padding else source
+def _behind(passes: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a pass is promised that padding lies behind texts only."""
+    return any(step["kind"] == "remove_padding" and step.get("padding") == "behind" for step in passes)
 
 
-def make_proof(source: Source, graph: Graph) -> Proof:
-    """Probes for the graph and eager's outputs on them."""
+def make_proof(source: Source, graph: Graph, behind: bool = False) -> Proof:
+    """Probes for the graph and eager's outputs on them. ``behind``: with padding behind texts only."""
     mask = source.mask if source.mask in graph.inputs else None
-    return _proof(
-        source, make_probes(source.sample(), graph.dims, source.traced, mask), set(graph.inputs), set(graph.outputs)
-    )
+    probes = make_probes(source.sample(), graph.dims, source.traced, mask)
+    probes = [_compact(source, probe) for probe in probes] if behind else probes
+    return _proof(source, probes, set(graph.inputs), set(graph.outputs))
 
 
 def _proof(source: Source, probes: list[Probe], inputs: set[str], outputs: set[str]) -> Proof:
@@ -360,14 +362,14 @@ def source_of(model: str | Source | nn.Module) -> Source:
 
 def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     """Compare an engine directory with a model again, on fresh probes. ParityError if it breaks its contract."""
-    engine = artifact.load(folder)
-    source = _promised(source_of(model), (step.get("padding") for step in engine.manifest.pipeline["passes"]))
+    engine, source = artifact.load(folder), source_of(model)
     layout = engine.layout
     mask = engine.manifest.mask if layout is None else source.mask
     dims = {name: bounds for name, bounds in engine.dims.items() if name in source.traced}
-    proof = _proof(
-        source, make_probes(source.sample(), dims, source.traced, mask, seed=1), set(engine.inputs), set(engine.outputs)
-    )
+    probes = make_probes(source.sample(), dims, source.traced, mask, seed=1)
+    if _behind(engine.manifest.pipeline["passes"]):
+        probes = [_compact(source, probe) for probe in probes]
+    proof = _proof(source, probes, set(engine.inputs), set(engine.outputs))
     cached = set() if layout is None else set(layout.names.values())
     missing = engine.outputs.keys() - proof.references[0].keys() - cached
     if missing:

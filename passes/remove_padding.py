@@ -22,18 +22,23 @@ With ``attention: packed``, for targets with kernels for texts one behind the ot
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
 
 from graphopt.dims import Size
-from graphopt.ir import Graph, Node, Value
+from graphopt.ir import Graph, Node, Value, map_arg
 from graphopt.passes.flatten_tokens import ADD_NORMS, BINARY, NORMS, UNARY
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refusal, Refused, RewriteLog, require
 
-TOKEN_BY_TOKEN = frozenset(
-    path if "." in path else f"aten.{path}"
-    for path in (*UNARY, *NORMS, *BINARY, *ADD_NORMS, "linear", "graphopt.quantize", "graphopt.static_linear")
-)
+
+def _packets(*paths: str) -> frozenset[str]:
+    return frozenset(path if "." in path else f"aten.{path}" for path in paths)
+
+
+_OF_TWO = _packets(*BINARY, *ADD_NORMS)
+TOKEN_BY_TOKEN = _OF_TWO | _packets(*UNARY, *NORMS, "linear", "to", "graphopt.quantize", "graphopt.static_linear")
 _RESHAPE, _PACK, _UNPACK = "aten.reshape.default", "graphopt.pack_tokens.default", "graphopt.unpack_tokens.default"
 _PACKED_ATTENTION = "graphopt.packed_attention.default"
 
@@ -50,12 +55,19 @@ class RemovePadding(Pass):
 
     requires: ClassVar[frozenset[str]] = frozenset({"attention", "flat_tokens"})
 
+    @model_validator(mode="after")
+    def _promise_is_used(self) -> RemovePadding:
+        if self.padding == "behind" and self.attention == "unpacked":
+            raise ValueError("padding: behind is a promise for attention: packed, the other needs none")
+        return self
+
     def run(self, graph: Graph, context: Context) -> RewriteLog:
         log = RewriteLog()
         try:
             mask = _mask_of(graph)
             is_first_known = self.attention == "unpacked" or self.padding == "behind"
             entries, exits = _borders(graph, mask, is_first_known)
+            mask = _before(graph, mask, entries[0], self.kind)
         except Refusal as refusal:
             log.refusals.append(Refused("RemovePadding", "the graph", str(refusal)))
             return log
@@ -87,60 +99,91 @@ def _borders(graph: Graph, mask: Value, is_first_known: bool) -> tuple[list[Node
     """The reshapes from ``[batch, sequence, ...]`` to flat tokens, and those back. Refusal if anything else would see a
     difference. ``is_first_known``: whether the first position of every row is computed as before."""
     batch, sequence = mask.type.shape
-    tokens = batch * sequence
-    flat = {v for v in graph.values.values() if len(v.type.shape) == 2 and v.type.shape[0] == tokens}
-    require(flat, "no tokens are flat")
+    flat: set[Value] = set()
     entries: list[Node] = []
     exits: list[Node] = []
     for node in graph.nodes:
-        gives = any(value in flat for value in node.outputs)
         takes = any(operand in flat for operand in node.operands)
-        if node.op == _RESHAPE and gives != takes:
-            source, result = node.args["self"], node.output
+        gives = not takes and node.op == _RESHAPE and _are_rows(node.output, batch * sequence)
+        if node.op == _RESHAPE and (takes or gives):
+            source, result = node.args["self"].type, node.output.type
             split = source if gives else result
-            require(
-                split.type.shape[:2] == (batch, sequence),
-                f"%{result.name} regroups tokens: {source.type} to {result.type}",
-            )
+            require(split.shape[:2] == (batch, sequence), f"%{node.output.name} regroups tokens: {source} to {result}")
             (entries if gives else exits).append(node)
-        elif gives or takes:
-            require(_is_token_by_token(node), f"{node.where} does not work token by token")
+        elif takes:
+            require(_is_token_by_token(node, flat), f"{node.where} does not work token by token")
+        if gives or (takes and node.op != _RESHAPE):
+            flat.update(node.outputs)
+    require(entries, "no tokens are flat")
     for name, value in graph.outputs.items():
         require(value not in flat, f"the output {name!r} is flat")
     for node in exits:
-        _check_readers(graph, node.output, mask, is_first_known)
+        _check_readers(node.output, mask, is_first_known, set(entries))
     return entries, exits
 
 
-def _is_token_by_token(node: Node) -> bool:
-    """Of flat tokens; a product that was merged is split by its features."""
+def _are_rows(value: Value, tokens: Size) -> bool:
+    return len(value.type.shape) == 2 and value.type.shape[0] == tokens
+
+
+def _is_token_by_token(node: Node, flat: set[Value]) -> bool:
+    """Of flat tokens, with nothing beside them that has a row for each position; a merged product is split by its features."""
     if node.op == "aten.split_with_sizes.default":
         return node.args["dim"] in (1, -1)
-    return node.op.rpartition(".")[0] in TOKEN_BY_TOKEN
+    packet = node.op.rpartition(".")[0]
+    operands = list(node.args.values())
+    rows, others = (operands[:2], operands[2:]) if packet in _OF_TWO else (operands[:1], operands[1:])
+    beside = [value for value in rows if isinstance(value, Value) and value not in flat]
+    return (
+        packet in TOKEN_BY_TOKEN
+        and all(len(value.type.shape) < 2 or value.type.shape[-2] == 1 for value in beside)
+        and not any(value in flat for value in others if isinstance(value, Value))
+    )
 
 
-def _check_readers(graph: Graph, value: Value, mask: Value, is_first_known: bool) -> None:
+def _check_readers(value: Value, mask: Value, is_first_known: bool, entries: set[Node]) -> None:
     """Whoever reads unpacked tokens must not let padding touch real ones."""
     for reader in value.users:
-        if reader.op == "graphopt.attention.default" and reader.args["heads_last"]:
-            continue  # queries stay where they are, keys are masked
-        if reader.op == "graphopt.rotary_embedding.default" or _keeps_positions(reader, mask):
+        if reader in entries:
+            continue
+        if _moves_or_attends(reader, value, mask):
             for result in reader.outputs:
-                _check_readers(graph, result, mask, is_first_known)
+                _check_readers(result, mask, is_first_known, entries)
             continue
         first = reader.op == "aten.select.int" and reader.args["dim"] == 1 and reader.args["index"] == 0
-        require(first, f"{reader.where} reads tokens across positions")
+        require(first, f"{reader.where} is not known to leave tokens apart")
         require(
             is_first_known,
             f"{reader.where} reads the first position, which packed attention may take for padding: set padding: behind",
         )
 
 
-def _keeps_positions(node: Node, mask: Value) -> bool:
-    """Whether a node only splits or groups the features of ``[batch, sequence, ...]``."""
+def _moves_or_attends(node: Node, value: Value, mask: Value) -> bool:
+    """Whether a node of ``[batch, sequence, ...]`` turns, splits or groups features, or is an attention that hides padding:
+    queries stay where they are, keys are masked."""
+    if node.op == "graphopt.attention.default":
+        return bool(node.args["heads_last"]) and any(node.args[name] is value for name in "qkv")
     if node.op == "aten.split_with_sizes.default":
         return bool(node.args["dim"] % len(node.args["self"].type.shape) >= 2)
-    return node.op == "aten.reshape.default" and node.output.type.shape[:2] == mask.type.shape
+    if node.op == _RESHAPE:
+        return node.output.type.shape[:2] == mask.type.shape
+    return node.op == "aten.to.dtype" or (node.op == "graphopt.rotary_embedding.default" and node.args["x"] is value)
+
+
+def _before(graph: Graph, value: Value, first: Node, label: str) -> Value:
+    """A value that is there before a node: what makes it is moved, which works for what comes from inputs."""
+    node = value.producer
+    if node is None or graph.precedes(node, first):
+        return value
+    require(len(node.outputs) == 1 and node is not first, f"%{value.name} depends on the tokens that it hides")
+
+    def earlier(arg: Any) -> Any:
+        return _before(graph, arg, first, label) if isinstance(arg, Value) else arg
+
+    args = {name: map_arg(arg, earlier) for name, arg in node.args.items()}
+    moved = graph.insert(node.op, args, before=first, origin=(*node.origin, label)).output
+    graph.stand_in(moved, node)
+    return moved
 
 
 def _pack(graph: Graph, node: Node, mask: Value, label: str) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 import transformers as t
+from pydantic import ValidationError
+from torch.nn import functional
 
 import graphopt
+from graphopt import attentions
 from graphopt.eager import eager
 from graphopt.errors import LoweringError
 from graphopt.execution import run
 from graphopt.ir import Graph
+from graphopt.ops.attention import pack_tokens, packed_attention, unpack_tokens
+from graphopt.parity import Probe, bisect
+from graphopt.passes.canonicalize import Canonicalize
+from graphopt.passes.cast import Cast
 from graphopt.passes.remove_padding import RemovePadding
 from graphopt.pipeline import run_passes
 from graphopt.sources import transformers_source
@@ -199,7 +207,7 @@ def test_packed_attention_is_for_targets_that_have_kernels() -> None:
             "aten.cumsum.default(self=%g, dim=0)",
             "%s = aten.cumsum.default does not work token by token",
         ),
-        ("dim=1, index=0", "dim=1, index=1", "%c = aten.select.int reads tokens across positions"),
+        ("dim=1, index=0", "dim=1, index=1", "%c = aten.select.int is not known to leave tokens apart"),
         ("output hidden = %y", "output hidden = %s", "the output 'hidden' is flat"),
     ],
 )
@@ -209,6 +217,116 @@ def test_refusal(old: str, new: str, reason: str) -> None:
     (report,) = run_passes(found, [RemovePadding(allow_no_match=True)])
     assert [refusal.reason for refusal in report.refusals] == [reason]
     assert str(found) == text
+
+
+READ_AT_ONCE = """graph {
+  dim batch in [1, 8]
+  dim sequence in [1, 64]
+  input %x: f32[batch, sequence, 8]
+  input %mask: bool[batch, sequence]
+  weight %w: f32[8, 8]
+  %f: f32[batch*sequence, 8] = aten.reshape.default(self=%x, shape=[batch*sequence, 8])
+  %l: f32[batch*sequence, 8] = aten.linear.default(input=%f, weight=%w)
+  %h: f32[batch, sequence, 2, 4] = aten.reshape.default(self=%l, shape=[batch, sequence, 2, 4])
+  %a: f32[batch, sequence, 2, 4] = graphopt.attention.default(q=%h, k=%h, v=%h, key_mask=%mask, scale=0.5, heads_last=True)
+  %r: f32[batch, sequence, 8] = aten.reshape.default(self=%a, shape=[batch, sequence, 8])
+  %c: f32[batch, 8] = READ
+  output first = %c
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("read", "options", "reason"),
+    [
+        ("aten.mean.dim(self=%r, dim=[1])", {}, "%c = aten.mean.dim is not known to leave tokens apart"),
+        ("aten.mean.dim(self=%r, dim=[1])", {"attention": "packed", "padding": "behind"}, "leave tokens apart"),
+        ("aten.select.int(self=%r, dim=1, index=0)", {"attention": "packed"}, "set padding: behind"),
+    ],
+)
+def test_what_reads_the_result_of_attention_is_looked_at(read: str, options: dict[str, Any], reason: str) -> None:
+    found = graph(READ_AT_ONCE.replace("READ", read))
+    (report,) = run_passes(found, [RemovePadding(**options, allow_no_match=True)])
+    assert [reason in refusal.reason for refusal in report.refusals] == [True]
+
+
+def test_a_weight_with_a_row_for_each_position_is_refused() -> None:
+    """Sizes that are numbers: nothing but where it comes from tells a weight from tokens."""
+    fixed = "".join(line for line in BEFORE.splitlines(keepends=True) if "  dim " not in line)
+    fixed = fixed.replace("batch*sequence", "6").replace("batch", "1").replace("sequence", "6")
+    fixed = fixed.replace("other=%f", "other=%p").replace("  weight %w", "  weight %p: f32[6, 8]\n  weight %w")
+    found = graphopt.parse(fixed, {"w": torch.randn(8, 8), "p": torch.randn(6, 8)})
+    (report,) = run_passes(found, [RemovePadding(allow_no_match=True)])
+    assert [refusal.reason for refusal in report.refusals] == ["%s = aten.add.Tensor does not work token by token"]
+
+
+def test_a_mask_that_is_made_late_is_made_before_the_first_pack() -> None:
+    late = BEFORE.replace("input %mask: bool[batch, sequence]", "input %given: i64[batch, sequence] in {0, 1}")
+    late = late.replace("  %h: ", "  %mask: bool[batch, sequence] = aten.to.dtype(self=%given, dtype=bool)\n  %h: ")
+    before = graph(late)
+    after = before.clone()
+    run_passes(after, [RemovePadding()])
+    assert [node.op for node in after.nodes][:2] == ["aten.to.dtype", "graphopt.pack_tokens.default"]
+    inputs = {"x": torch.randn(2, 5, 8), "given": torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1]])}
+    torch.testing.assert_close(run(after, inputs), run(before, inputs))
+
+
+def test_padding_behind_is_a_promise_for_packed_attention() -> None:
+    with pytest.raises(ValidationError, match="a promise for attention: packed"):
+        RemovePadding(padding="behind")
+
+
+def test_packed_attention_as_it_is_described() -> None:
+    """Each row's real tokens among themselves, with grouped heads; a first token that is padding is alone."""
+    mask = torch.tensor([[False, True, True, False], [True, False, True, True]])
+    q, k, v = (torch.randn(2, 4, heads, 8) for heads in (4, 2, 2))
+    rows = [pack_tokens(part.flatten(2), mask).unflatten(1, part.shape[2:]) for part in (q, k, v)]
+    got = unpack_tokens(packed_attention(*rows, mask, scale=0.3).flatten(1), mask).unflatten(2, (4, 8))
+    for row, places in ((0, [1, 2]), (0, [0]), (1, [0, 2, 3])):
+        one, two, three = (part[row, places].transpose(0, 1)[None] for part in (q, k, v))
+        expected = functional.scaled_dot_product_attention(one, two, three, scale=0.3, enable_gqa=True)[0].transpose(
+            0, 1
+        )
+        torch.testing.assert_close(got[row, places], expected)
+
+
+def test_cast_takes_packed_attention_as_attention() -> None:
+    found = graph()
+    run_passes(found, [Canonicalize(allow_no_match=True), RemovePadding(attention="packed", padding="behind"), Cast()])
+    (node,) = [node for node in found.nodes if node.op == "graphopt.packed_attention.default"]
+    assert {node.args[name].type.dtype for name in "qkv"} == {torch.float16}
+
+
+def test_packed_attention_is_reported() -> None:
+    found = graph()
+    run_passes(found, [RemovePadding(attention="packed", padding="behind")])
+    (row,) = attentions.table(found, [])
+    assert (row.heads, row.size, row.keys, row.mask, row.refusal) == ("2", "4", "sequence", "padding, packed", "")
+
+
+def test_packed_tokens_are_no_first_difference() -> None:
+    """They are what was there before, in another order."""
+    before = graph()
+    after = before.clone()
+    run_passes(after, [RemovePadding()])
+    inputs = {"x": torch.randn(2, 5, 8), "mask": torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 1, 1]]).bool()}
+    assert bisect(before, after, Probe({}, inputs, mask=inputs["mask"].long())) is None
+
+
+@pytest.mark.parametrize("kind", ["unpacked", "packed"])
+def test_models_whose_mask_is_made_late(kind: Literal["unpacked", "packed"], tmp_path: Path) -> None:
+    """ELECTRA has a linear before its mask."""
+    torch.manual_seed(0)
+    config = t.ElectraConfig(
+        vocab_size=99, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    source = transformers_source(t.ElectraModel(config), name="electra")
+    kinds = ("canonicalize", "fuse_attention", "heads_last", "flatten_tokens")
+    steps = [*({"kind": each} for each in kinds), {"kind": "remove_padding", "attention": kind}]
+    made = graphopt.compile(source, tmp_path / "e", passes=steps, target={"backend": "torch"})
+    assert made.report.engine is not None
+    assert made.report.engine.holds
 
 
 def test_refuses_a_graph_without_attention() -> None:

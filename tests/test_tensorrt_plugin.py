@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from onnx.reference.op_run import OpRun
 
 from graphopt.backends.onnx.emitter import Dialect
 from graphopt.backends.tensorrt import backend as backends
+from graphopt.backends.tensorrt import engine as engines
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBackend
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
@@ -103,6 +105,7 @@ class Plugin(OpRun):
         assert (rows.dtype, ends.dtype, longest.ndim) == (np.float16, np.int32, 1)
         assert (others["type_id"], others["has_mask"], others["var_seqlen"]) == (1, 1, 1)
         assert ends[0] == 0
+        assert ends[-1] <= tokens
         assert max(np.diff(ends)) <= len(longest)
         split = torch.from_numpy(rows).float().reshape(tokens, num_heads, 3, -1)
         result = torch.full(
@@ -174,7 +177,7 @@ def test_real_tokens_are_as_in_the_graph(body: str, rows: PackedPadding, sizes: 
 def test_queries_keys_and_values_of_one_input_are_one_product(body: str, products: int) -> None:
     model = emit(packed(graph_of(BODIES[body] + ATTENTION)), dialect_of("dropped"))
     ops = [node.op_type for node in model.graph.node]
-    sums = 2  # of how many tokens there are before a row, and in it
+    sums = 1  # of how many tokens there are before each one in its row
     assert ops.count("MatMul") + ops.count("Gemm") - sums == products
     assert (ops.count("NonZero"), ops.count("CumSum"), ops.count("Softmax"), ops.count(CREATOR[0])) == (1, 0, 0, 1)
 
@@ -226,6 +229,19 @@ def test_what_the_plugin_does_not_compute(changes: dict[str, str], reason: str) 
         emit(packed(load(program(text))), dialect_of("dropped"))
 
 
+def test_the_plugin_computes_no_grouped_heads() -> None:
+    text = LINEARS + ATTENTION
+    for name in "kv":
+        text = text.replace(f"%w{name}: f16[128", f"%w{name}: f16[64").replace(
+            f"%b{name}: f16[128", f"%b{name}: f16[64"
+        )
+        text = text.replace(f"%l{name}: f16[batch*sequence, 128", f"%l{name}: f16[batch*sequence, 64")
+        text = text.replace(f"%{name}: f16[batch, sequence, 2", f"%{name}: f16[batch, sequence, 1")
+        text = text.replace(f"%l{name}, shape=[batch, sequence, 2", f"%l{name}, shape=[batch, sequence, 1")
+    with pytest.raises(LoweringError, match="fewer heads of keys"):
+        emit(packed(graph_of(text)), dialect_of("dropped"))
+
+
 def test_rtx_has_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "parsed_ops", lambda flavour: lambda op: True)
     monkeypatch.setattr(flavours.Flavour, "version", lambda flavour: "1.7.1")
@@ -273,6 +289,24 @@ def test_a_library_without_the_plugin_is_refused() -> None:
     flavours.load_plugins(Library, [CREATOR])
     with pytest.raises(BackendError, match=r"TensorRT 11\.0 has no plugin Other, version 1"):
         flavours.load_plugins(Library, [("Other", "1")])
+
+
+def test_plugins_are_loaded_where_an_engine_has_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """When it is built, and when it is opened."""
+    loaded: list[str] = []
+    monkeypatch.setattr(backends, "load_plugins", lambda library, creators: loaded.append("built"))
+    monkeypatch.setattr(engines, "load_plugins", lambda library: loaded.append("opened"))
+    monkeypatch.setattr(flavours.Flavour, "module", lambda flavour: SimpleNamespace(__version__="10.6.0"))
+    monkeypatch.setattr(backends, "build_plan", lambda *given: 1 / 0)
+    for graph in (graph_of(LINEARS + ATTENTION), packed(graph_of(LINEARS + ATTENTION))):
+        with pytest.raises(ZeroDivisionError):
+            TensorRtBackend(TargetConfig(backend="tensorrt")).build(graph, tmp_path)
+    monkeypatch.setattr(engines, "unrunnable", lambda flavour: None)
+    for ops in ({}, {"graphopt.packed_attention.default": 1}):
+        manifest = SimpleNamespace(inputs={}, outputs={}, dims={}, report=SimpleNamespace(engine_ops={}, final_ops=ops))
+        with pytest.raises(FileNotFoundError):
+            TensorRtEngine(tmp_path, cast(Manifest, manifest), flavours.TENSORRT, Options()).opened()
+    assert loaded == ["built", "opened"]
 
 
 def test_calls_whose_sizes_depend_on_data_are_not_recorded() -> None:

@@ -49,9 +49,9 @@ class TensorRtEngine(Engine):
         super().__init__(manifest)
         if cuda_graphs and _BY_DATA in manifest.report.engine_ops:
             raise PipelineError(
-                "the engine leaves padding out, so its sizes depend on its data and its calls cannot be recorded",
+                "sizes in the engine depend on its data (as packed tokens do), so its calls cannot be recorded",
                 where=str(folder),
-                hint="load it without cuda_graphs, or compile with target.options: {packed_padding: behind}",
+                hint="load it without cuda_graphs; tokens: compile with target.options: {packed_padding: behind}",
             )
         self.folder, self.flavour, self.options, self.cuda_graphs = folder, flavour, options, cuda_graphs
         self.profiles = profiles_of(self.inputs, self.dims, options, self.layout)

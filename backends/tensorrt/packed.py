@@ -52,12 +52,16 @@ def unpacked(e: Emitter, node: Node) -> Lowered:
 
 
 def tokens_before(e: Emitter, mask: Value) -> ir.Value:
-    """How many tokens the rows before each one have, in fp32 ``[B]`` (exact: the numbers are small, TF32 or not)."""
+    """How many tokens the rows before each one have, i64 ``[B]``."""
 
     def make() -> ir.Value:
-        counts = e.op("ReduceSum", e.cast(_kept_tokens(e, mask), torch.bool, torch.float32), e.vector([1]), keepdims=1)
-        before = e.op("MatMul", _triangle(e, mask.type.shape[0], "Less"), counts)
-        return e.op("Squeeze", before, e.vector([1]))
+        counts = e.op("ReduceSum", e.cast(_kept_tokens(e, mask), torch.bool, torch.int64), e.vector([1]), keepdims=0)
+        return e.op(
+            "ReduceSum",
+            e.op("Where", _triangle(e, mask.type.shape[0], "Less"), counts, e.scalar(0)),
+            e.vector([1]),
+            keepdims=0,
+        )
 
     return e.once(("tokens before", mask.name), make)
 
@@ -66,10 +70,12 @@ def _places(e: Emitter, mask: Value) -> ir.Value:
     """The packed row of each token, of padding that of the last token before it; i64 ``[B, S]``."""
 
     def make() -> ir.Value:
+        # of zeros and ones: exact in TF32 too, whose sums are in fp32
         kept = e.cast(_kept_tokens(e, mask), torch.bool, torch.float32)
-        inside = e.op("MatMul", kept, e.op("Transpose", _triangle(e, mask.type.shape[1], "LessOrEqual"), perm=[1, 0]))
+        until = e.cast(_triangle(e, mask.type.shape[1], "LessOrEqual"), torch.bool, torch.float32)
+        inside = e.cast(e.op("MatMul", kept, e.op("Transpose", until, perm=[1, 0])), torch.float32, torch.int64)
         row = e.op("Add", inside, e.op("Unsqueeze", tokens_before(e, mask), e.vector([1])))
-        return e.cast(e.op("Sub", row, e.constant(1.0, torch.float32)), torch.float32, torch.int64)
+        return e.op("Sub", row, e.scalar(1))
 
     return e.once(("places of tokens", mask.name), make)
 
@@ -91,10 +97,10 @@ def _kept_tokens(e: Emitter, mask: Value) -> ir.Value:
 
 
 def _triangle(e: Emitter, size: Size, compare: str) -> ir.Value:
-    """``[size, size]`` in fp32: 1 where a column's number compares so with its row's."""
+    """``[size, size]``, boolean: whether a column's number compares so with its row's."""
 
     def make() -> ir.Value:
         numbers = e.op("Range", e.scalar(0), e.scalar(size), e.scalar(1))
-        return e.cast(e.op(compare, numbers, e.op("Unsqueeze", numbers, e.vector([1]))), torch.bool, torch.float32)
+        return e.op(compare, numbers, e.op("Unsqueeze", numbers, e.vector([1])))
 
     return e.once(("triangle", size, compare), make)

@@ -149,7 +149,7 @@ def _ends(e: Emitter, mask: Value) -> ir.Value:
     is_real = e.op("Squeeze", e.op("Slice", e.value(mask), *(e.vector([n]) for n in (0, 1, 1))), e.vector([1]))
     first = e.cast(e.op("Not", is_real), torch.bool, torch.int64)
     real = e.op("ReduceSum", e.cast(e.value(mask), torch.bool, torch.int64), e.vector([1]), keepdims=0)
-    alone = e.op("Add", e.cast(tokens_before(e, mask), torch.float32, torch.int64), first)
+    alone = e.op("Add", tokens_before(e, mask), first)
     each = e.op("Concat", *(e.op("Unsqueeze", end, e.vector([1])) for end in (alone, e.op("Add", alone, real))), axis=1)
     ends = e.op("Concat", e.vector([0]), e.op("Reshape", each, e.vector([-1])), axis=0)
     return e.cast(ends, torch.int64, torch.int32)
