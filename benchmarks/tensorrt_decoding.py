@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.cuda_decoding import agreement, engine_steps, torch_steps
 from benchmarks.measure import Goal, Results, Table
 from benchmarks.tensorrt_builds import BareEngine, engine_of, graph_of, median_ms, slowest
-from benchmarks.tensorrt_models import HALF, with_cache
+from benchmarks.tensorrt_models import HALF, static_cache, with_cache
 from graphopt.backends.tensorrt.device_cache import DeviceCache
 from graphopt.runtime import Decoder
 from graphopt.sources import transformers_source
@@ -31,7 +31,9 @@ def decode(results: Results, kernels: bool) -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     source = transformers_source(model, name="llama-1b")
-    graph = graph_of(source, [*with_cache(ROOM, "fp16"), HALF], {"batch": (1, 1), "sequence": (1, ROOM)})
+    graph = graph_of(
+        source, [*with_cache(**static_cache(ROOM, "fp16")), HALF], {"batch": (1, 1), "sequence": (1, ROOM)}
+    )
     one = {"batch": (1, 1, 1)}
     profiles = [{**one, "sequence": (1, 1, 1)}, {**one, "sequence": (1, 512, ROOM)}]
     table = Table("Llama of 1B in fp16, a batch of 1", "past")

@@ -106,7 +106,7 @@ def smollm2_engines(results: Results) -> None:
 def compiled(source: graphopt.Source, folder: Path, backend: str, provider: str, steps: Steps) -> graphopt.Engine:
     dtype, own = "fp16" if steps else "fp32", {"provider": provider, "tactics": "fixed"} if provider else {}
     if backend == "tensorrt":
-        passes = with_cache(ROOM, dtype)
+        passes = with_cache(**static_cache(ROOM, dtype))
     else:
         passes = [
             {**step, "dtype": dtype} if step["kind"] == "insert_kv_cache" else step
@@ -117,9 +117,12 @@ def compiled(source: graphopt.Source, folder: Path, backend: str, provider: str,
     return graphopt.load(folder)
 
 
-def with_cache(room: int, dtype: str) -> list[dict[str, Any]]:
-    """TensorRT's passes with a static cache, behind the attention's fusion."""
+def static_cache(room: int, dtype: str) -> dict[str, Any]:
+    return {"layout": "static", "max_length": room, "logits": "last", "dtype": dtype}
+
+
+def with_cache(**options: Any) -> list[dict[str, Any]]:
+    """TensorRT's passes with a cache, behind the attention's fusion. ``options`` are insert_kv_cache's."""
     standard = [dict(step) for step in TensorRtBackend.standard_passes]
     after = [step["kind"] for step in standard].index("fuse_attention") + 1
-    cache = {"kind": "insert_kv_cache", "layout": "static", "max_length": room, "logits": "last", "dtype": dtype}
-    return [*standard[:after], cache, *standard[after:]]
+    return [*standard[:after], {"kind": "insert_kv_cache", **options}, *standard[after:]]

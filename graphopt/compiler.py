@@ -239,9 +239,12 @@ def _behind(passes: Iterable[Mapping[str, Any]]) -> bool:
 def make_proof(source: Source, graph: Graph, behind: bool = False) -> Proof:
     """Probes for the graph and eager's outputs on them. ``behind``: with padding behind texts only."""
     mask = source.mask if source.mask in graph.inputs else None
-    probes = make_probes(source.sample(), graph.dims, source.traced, mask)
-    probes = [_compact(source, probe) for probe in probes] if behind else probes
-    return _proof(source, probes, set(graph.inputs), set(graph.outputs))
+    return _proof(source, _probes(source, graph.dims, mask, behind), set(graph.inputs), set(graph.outputs))
+
+
+def _probes(source: Source, dims: Mapping[str, DimRange], mask: str | None, behind: bool, seed: int = 0) -> list[Probe]:
+    probes = make_probes(source.sample(), dims, source.traced, mask, seed=seed)
+    return [_compact(source, probe) for probe in probes] if behind else probes
 
 
 def _proof(source: Source, probes: list[Probe], inputs: set[str], outputs: set[str]) -> Proof:
@@ -366,9 +369,7 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
     layout = engine.layout
     mask = engine.manifest.mask if layout is None else source.mask
     dims = {name: bounds for name, bounds in engine.dims.items() if name in source.traced}
-    probes = make_probes(source.sample(), dims, source.traced, mask, seed=1)
-    if _behind(engine.manifest.pipeline["passes"]):
-        probes = [_compact(source, probe) for probe in probes]
+    probes = _probes(source, dims, mask, _behind(engine.manifest.pipeline["passes"]), seed=1)
     proof = _proof(source, probes, set(engine.inputs), set(engine.outputs))
     cached = set() if layout is None else set(layout.names.values())
     missing = engine.outputs.keys() - proof.references[0].keys() - cached

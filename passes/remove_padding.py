@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from graphopt.attentions import FUSED, PACKED
 from graphopt.dims import Size
 from graphopt.ir import Graph, Node, Value, map_arg
 from graphopt.passes.flatten_tokens import ADD_NORMS, BINARY, NORMS, UNARY
@@ -40,7 +41,6 @@ def _packets(*paths: str) -> frozenset[str]:
 _OF_TWO = _packets(*BINARY, *ADD_NORMS)
 TOKEN_BY_TOKEN = _OF_TWO | _packets(*UNARY, *NORMS, "linear", "to", "graphopt.quantize", "graphopt.static_linear")
 _RESHAPE, _PACK, _UNPACK = "aten.reshape.default", "graphopt.pack_tokens.default", "graphopt.unpack_tokens.default"
-_PACKED_ATTENTION = "graphopt.packed_attention.default"
 
 
 class RemovePadding(Pass):
@@ -79,14 +79,14 @@ class RemovePadding(Pass):
             log.refusals += _pack_attentions(graph, self.kind)
         graph.prune()
         ops = graph.op_counts()
-        made = {"pack": _PACK, "unpack": _UNPACK, "attention": _PACKED_ATTENTION}
+        made = {"pack": _PACK, "unpack": _UNPACK, "attention": PACKED}
         log.matches = {name: ops[op] for name, op in made.items() if op in ops}
         return log
 
 
 def _mask_of(graph: Graph) -> Value:
     """The key mask that all attention shares."""
-    nodes = [node for node in graph.nodes if node.op == "graphopt.attention.default"]
+    nodes = [node for node in graph.nodes if node.op == FUSED]
     require(nodes, "there is no attention")
     masks = {node.args["key_mask"] for node in nodes}
     require(None not in masks, "an attention has no proven key mask, so it sees padding")
@@ -161,7 +161,7 @@ def _check_readers(value: Value, mask: Value, is_first_known: bool, entries: set
 def _moves_or_attends(node: Node, value: Value, mask: Value) -> bool:
     """Whether a node of ``[batch, sequence, ...]`` turns, splits or groups features, or is an attention that hides padding:
     queries stay where they are, keys are masked."""
-    if node.op == "graphopt.attention.default":
+    if node.op == FUSED:
         return bool(node.args["heads_last"]) and any(node.args[name] is value for name in "qkv")
     if node.op == "aten.split_with_sizes.default":
         return bool(node.args["dim"] % len(node.args["self"].type.shape) >= 2)
@@ -210,7 +210,7 @@ def _unpack(graph: Graph, node: Node, mask: Value, label: str) -> None:
 
 def _pack_attentions(graph: Graph, label: str) -> list[Refused]:
     refused = []
-    for node in [node for node in graph.nodes if node.op == "graphopt.attention.default"]:
+    for node in [node for node in graph.nodes if node.op == FUSED]:
         try:
             _pack_attention(graph, node, label)
         except Refusal as refusal:
@@ -237,7 +237,7 @@ def _pack_attention(graph: Graph, node: Node, label: str) -> None:
     split = {part: reshaped(*part, before=node) for part in dict.fromkeys(heads.values())}
     args = {name: split[part] for name, part in heads.items()}
     args |= {"mask": node.args["key_mask"], "scale": node.args["scale"]}
-    made = graph.insert(_PACKED_ATTENTION, args, before=node, origin=origin).output
+    made = graph.insert(PACKED, args, before=node, origin=origin).output
     for pack in packs:
         graph.stand_in(reshaped(made, pack.output.type.shape, before=pack), pack)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import graphopt
+from benchmarks.tensorrt_models import with_cache
 from benchmarks.zoo.catalog import ANIMALS
 from benchmarks.zoo.small import source as small_source
 from graphopt.artifact import read_graph
@@ -63,12 +64,9 @@ def decoder(
     name: str, layout: str, folder: Path, *steps: dict[str, Any], watch: Last | None = None, **options: Any
 ) -> graphopt.Compiled:
     """``options`` are insert_kv_cache's."""
-    standard = list(TensorRtRtxBackend.standard_passes)
-    after = [step["kind"] for step in standard].index("fuse_attention") + 1
-    cache = {"kind": "insert_kv_cache", **LAYOUTS[layout], **options}
     own = {"compute_capabilities": ["8.9"], "optimization_level": 0}
     return graphopt.compile(
-        model(name), folder, passes=[*standard[:after], cache, *standard[after:], *steps],
+        model(name), folder, passes=[*with_cache(**LAYOUTS[layout], **options), *steps],
         target={"backend": "tensorrt_rtx", "options": own}, dims={"batch": (1, 4), "sequence": (1, LENGTH)},
         instruments=[watch] if watch else [],
     )  # fmt: skip

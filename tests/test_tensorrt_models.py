@@ -13,6 +13,7 @@ import transformers as t
 
 import graphopt
 from benchmarks.assets import minilm, sentences, smollm2
+from benchmarks.tensorrt_models import with_cache
 from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
 from graphopt.sources import Source, transformers_source
 
@@ -55,11 +56,8 @@ def test_minilm(precision: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["static", "growing"])
 def test_smollm2(layout: str, tmp_path: Path) -> None:
     """Prefill and decode, in half precision."""
-    standard = list(TensorRtRtxBackend.standard_passes)
-    after = [step["kind"] for step in standard].index("fuse_attention") + 1
-    cache: dict[str, Any] = {"kind": "insert_kv_cache", "layout": layout, "dtype": "fp16", "logits": "last"}
-    cache |= {"max_length": 256} if layout == "static" else {}
-    steps = [*standard[:after], cache, *standard[after:], {"kind": "cast"}]
+    longest = {"max_length": 256} if layout == "static" else {}
+    steps = [*with_cache(layout=layout, dtype="fp16", logits="last", **longest), {"kind": "cast"}]
     source = graphopt.load_model(str(smollm2()))
     made = compiled(source, tmp_path / "e", steps, batch=(1, 4), sequence=(1, 256))
     layers = made.report.engine_ops

@@ -313,27 +313,39 @@ def _add_norm(e: Emitter, node: Node) -> Lowered:
 # Packed tokens
 
 
-def _kept(e: Emitter, mask: Value) -> ir.Value:
-    """``[B * S]``: which tokens are packed."""
+def kept_tokens(e: Emitter, mask: Value) -> ir.Value:
+    """``[B, S]``: the tokens that are packed, which are those of the mask and the first of every row."""
 
     def make() -> ir.Value:
         zero, one = (e.constant(np.array(number, np.int64)) for number in (0, 1))
         first = e.op("Equal", e.op("Range", zero, e.scalar(mask.type.shape[1]), one), zero)
-        return e.op("Reshape", e.op("Or", e.value(mask), first), e.constant(np.array([-1], np.int64)))
+        return e.op("Or", e.value(mask), first)
 
-    return e.once(("kept", mask.name), make)
+    return e.once(("kept tokens", mask.name), make)
+
+
+def kept_rows(e: Emitter, mask: Value) -> ir.Value:
+    """The same, ``[B * S]``."""
+    row = e.constant(np.array([-1], np.int64))
+    return e.once(("kept rows", mask.name), lambda: e.op("Reshape", kept_tokens(e, mask), row))
+
+
+def rows_of_tokens(e: Emitter, node: Node, places: ir.Value) -> ir.Value:
+    """What a pack reads, ``[B * S, K]``, in the order of ``places``."""
+    x, mask = node.args["x"], node.args["mask"]
+    rows = e.reshape(e.elements(x), (mask.type.shape[0] * mask.type.shape[1], x.type.shape[2]))
+    return e.op("Gather", rows, places, axis=0)
 
 
 @lowers("graphopt.pack_tokens")
 def _pack(e: Emitter, node: Node) -> Lowered:
     """The rows of the real tokens, and no others."""
-    x, mask = node.args["x"], node.args["mask"]
+    mask = node.args["mask"]
     places = e.once(
         ("packed places", mask.name),
-        lambda: e.op("Reshape", e.op("NonZero", _kept(e, mask)), e.constant(np.array([-1], np.int64))),
+        lambda: e.op("Reshape", e.op("NonZero", kept_rows(e, mask)), e.constant(np.array([-1], np.int64))),
     )
-    rows = e.reshape(e.elements(x), (mask.type.shape[0] * mask.type.shape[1], x.type.shape[2]))
-    return e.op("Gather", rows, places, axis=0)
+    return rows_of_tokens(e, node, places)
 
 
 @lowers("graphopt.unpack_tokens")
@@ -342,7 +354,9 @@ def _unpack(e: Emitter, node: Node) -> Lowered:
     mask = node.args["mask"]
 
     def make() -> ir.Value:
-        counted = e.op("CumSum", e.op("Cast", _kept(e, mask), to=ir.DataType.INT64), e.constant(np.array(0, np.int64)))
+        counted = e.op(
+            "CumSum", e.op("Cast", kept_rows(e, mask), to=ir.DataType.INT64), e.constant(np.array(0, np.int64))
+        )
         return e.op("Sub", counted, e.constant(np.array(1, np.int64)))
 
     return Reshaped(e.op("Gather", e.value(node.args["x"]), e.once(("unpacked places", mask.name), make), axis=0))

@@ -59,15 +59,16 @@ def zeros(e: Emitter, scale: Value, dtype: torch.dtype) -> ir.Value:
 def static_linear(e: Emitter, node: Node) -> Lowered:
     """Both operands dequantized before a product in float: what readers of Q/DQ make integers of."""
     x, x_scale, weight, scale, bias = (node.args[name] for name in ("x", "x_scale", "weight", "scale", "bias"))
+    zero = zeros(e, scale, weight.type.dtype)
+    return with_bias(e, integer_product(e, x, x_scale, e.value(weight), e.value(scale), zero), bias)
+
+
+def integer_product(
+    e: Emitter, x: Value, x_scale: Value, weight: ir.Value, scale: ir.Value, zero: ir.Value
+) -> ir.Value:
+    """Quantized ``x`` by a weight ``[N, K]`` with ``scale`` and ``zero`` ``[N]``."""
     own = e.op("DequantizeLinear", e.value(x), e.value(x_scale), zeros(e, x_scale, x.type.dtype))
-    product = e.op(
-        "MatMul",
-        own,
-        turned(
-            e, e.op("DequantizeLinear", e.value(weight), e.value(scale), zeros(e, scale, weight.type.dtype), axis=0)
-        ),
-    )
-    return with_bias(e, product, bias)
+    return e.op("MatMul", own, turned(e, e.op("DequantizeLinear", weight, scale, zero, axis=0)))
 
 
 def static_linear_of_floats(e: Emitter, node: Node) -> Lowered:

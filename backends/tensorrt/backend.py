@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from graphopt.attentions import PACKED
 from graphopt.backend import Backend, Built, Progress, no_progress
 from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
 from graphopt.backends.onnx.emitter import Emitter
@@ -22,7 +23,7 @@ from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, load_plu
 from graphopt.backends.tensorrt.inspection import check_kernels, kernels_of, layers_of
 from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Options, profiles_of
-from graphopt.backends.tensorrt.plugin_attention import ATTENTION, CREATOR
+from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
 from graphopt.ir import Graph
@@ -86,7 +87,7 @@ class TensorRtBackend(Backend):
         inputs = {name: value.type for name, value in graph.inputs.items()}
         profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
         trt = self.flavour.module()  # before anything is written
-        if self.flavour.has_plugins and ATTENTION in graph.op_counts():
+        if self.flavour.has_plugins and PACKED in graph.op_counts():
             load_plugins(trt, [CREATOR])
         emitter = self.emit(graph)
         origins = {

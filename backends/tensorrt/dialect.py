@@ -15,7 +15,7 @@ from graphopt.backends.quirks import Quirk
 from graphopt.backends.tensorrt.cached import new_rows, over_buffers, without_buffers
 from graphopt.backends.tensorrt.linears import Device, linears
 from graphopt.backends.tensorrt.options import Accumulate, PackedPadding
-from graphopt.backends.tensorrt.packed import packed, unpacked
+from graphopt.backends.tensorrt.packed import packed_before_padding, unpacked
 from graphopt.backends.tensorrt.plugin_attention import plugin_attention
 from graphopt.dims import Size
 from graphopt.ir import Node, Value
@@ -43,11 +43,9 @@ def tensorrt_dialect(
         forms = {"over_buffers": over_buffers, **{form: without_buffers(lowering) for form, lowering in forms.items()}}
         lowerings["graphopt.kv_cache_update"] = new_rows
     if padding is not None:
-        lowerings |= {
-            "graphopt.pack_tokens": packed(padding),
-            "graphopt.unpack_tokens": unpacked,
-            "graphopt.packed_attention": plugin_attention(accumulate),
-        }
+        lowerings |= {"graphopt.unpack_tokens": unpacked, "graphopt.packed_attention": plugin_attention(accumulate)}
+    if padding == "behind":
+        lowerings["graphopt.pack_tokens"] = packed_before_padding
     if not parses("RMSNormalization"):
         lowerings |= {"aten.rms_norm": _rms_norm, "graphopt.add_rms_norm": _add_rms_norm}
     if not parses("RotaryEmbedding"):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.attentions import PACKED
 from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
 from graphopt.backends.tensorrt.flavours import Flavour, load_plugins, logger_of
 from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
-from graphopt.backends.tensorrt.plugin_attention import ATTENTION
 from graphopt.errors import BackendError, InputError, PipelineError
 from graphopt.execution import bind_dims
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
@@ -65,7 +65,7 @@ class TensorRtEngine(Engine):
                 raise BackendError(
                     f"the engine cannot run here: {reason}", hint="run it on the device it was built for"
                 )
-            if ATTENTION in self.manifest.report.final_ops:
+            if PACKED in self.manifest.report.final_ops:
                 load_plugins(self.flavour.module())
             data = (self.folder / PLAN).read_bytes()
             built = self.manifest.versions.get(self.flavour.name, "?")

@@ -9,39 +9,26 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Reshaped
-from graphopt.backends.tensorrt.options import PackedPadding
+from graphopt.backends.onnx.emitter import Emitter, Lowered, Reshaped
+from graphopt.backends.onnx.lowerings import kept_rows, kept_tokens, rows_of_tokens
 from graphopt.dims import Size
 from graphopt.ir import Node, Value
 
 
-def packed(padding: PackedPadding) -> Lowering:
-    """The rows of the tokens, one text behind the other."""
-
-    def lower(e: Emitter, node: Node) -> Lowered:
-        x, mask = node.args["x"], node.args["mask"]
-        all_of_them = e.vector((mask.type.shape[0] * mask.type.shape[1],))
-        make = _only_tokens if padding == "dropped" else _tokens_first
-        rows = e.once(("packed rows", mask.name), lambda: make(e, mask, all_of_them))
-        whole = e.reshape(e.elements(x), (mask.type.shape[0] * mask.type.shape[1], x.type.shape[2]))
-        return e.op("Gather", whole, rows, axis=0)
-
-    return lower
+def packed_before_padding(e: Emitter, node: Node) -> Lowered:
+    """The rows of the tokens, one text behind the other, then those of padding."""
+    mask: Value = node.args["mask"]
+    return rows_of_tokens(e, node, e.once(("tokens first", mask.name), lambda: _tokens_first(e, mask)))
 
 
-def _only_tokens(e: Emitter, mask: Value, count: ir.Value) -> ir.Value:
-    kept = e.op("Reshape", _kept_tokens(e, mask), count)
-    return e.op("Reshape", e.op("NonZero", kept), e.vector([-1]))
-
-
-def _tokens_first(e: Emitter, mask: Value, count: ir.Value) -> ir.Value:
+def _tokens_first(e: Emitter, mask: Value) -> ir.Value:
     """Every row's number at the place where the row goes; padding goes behind all tokens, as many as there are before it."""
-    places = e.op("Reshape", _places(e, mask), count)
-    kept = e.op("Reshape", _kept_tokens(e, mask), count)
-    numbers = e.op("Range", e.scalar(0), e.op("Squeeze", count), e.scalar(1))
+    count = mask.type.shape[0] * mask.type.shape[1]
+    places = e.op("Reshape", _places(e, mask), e.vector((count,)))
+    numbers = e.op("Range", e.scalar(0), e.scalar(count), e.scalar(1))
     # tokens up to and with this one are places + 1, so padding before this one is numbers - places - 1
     padding = e.op("Sub", e.op("Add", _tokens(e, mask), e.op("Sub", numbers, places)), e.scalar(1))
-    return e.op("ScatterElements", numbers, e.op("Where", kept, places, padding), numbers, axis=0)
+    return e.op("ScatterElements", numbers, e.op("Where", kept_rows(e, mask), places, padding), numbers, axis=0)
 
 
 def unpacked(e: Emitter, node: Node) -> Lowered:
@@ -55,7 +42,7 @@ def tokens_before(e: Emitter, mask: Value) -> ir.Value:
     """How many tokens the rows before each one have, i64 ``[B]``."""
 
     def make() -> ir.Value:
-        counts = e.op("ReduceSum", e.cast(_kept_tokens(e, mask), torch.bool, torch.int64), e.vector([1]), keepdims=0)
+        counts = e.op("ReduceSum", e.cast(kept_tokens(e, mask), torch.bool, torch.int64), e.vector([1]), keepdims=0)
         return e.op(
             "ReduceSum",
             e.op("Where", _triangle(e, mask.type.shape[0], "Less"), counts, e.scalar(0)),
@@ -71,7 +58,7 @@ def _places(e: Emitter, mask: Value) -> ir.Value:
 
     def make() -> ir.Value:
         # of zeros and ones: exact in TF32 too, whose sums are in fp32
-        kept = e.cast(_kept_tokens(e, mask), torch.bool, torch.float32)
+        kept = e.cast(kept_tokens(e, mask), torch.bool, torch.float32)
         until = e.cast(_triangle(e, mask.type.shape[1], "LessOrEqual"), torch.bool, torch.float32)
         inside = e.cast(e.op("MatMul", kept, e.op("Transpose", until, perm=[1, 0])), torch.float32, torch.int64)
         row = e.op("Add", inside, e.op("Unsqueeze", tokens_before(e, mask), e.vector([1])))
@@ -82,18 +69,8 @@ def _places(e: Emitter, mask: Value) -> ir.Value:
 
 def _tokens(e: Emitter, mask: Value) -> ir.Value:
     """How many tokens there are."""
-    kept = e.cast(_kept_tokens(e, mask), torch.bool, torch.int64)
+    kept = e.cast(kept_tokens(e, mask), torch.bool, torch.int64)
     return e.once(("tokens", mask.name), lambda: e.op("ReduceSum", kept, e.vector([0, 1]), keepdims=0))
-
-
-def _kept_tokens(e: Emitter, mask: Value) -> ir.Value:
-    """``[B, S]``: the tokens that are packed, which are those of the mask and the first of every row."""
-
-    def make() -> ir.Value:
-        places = e.op("Range", e.scalar(0), e.scalar(mask.type.shape[1]), e.scalar(1))
-        return e.op("Or", e.value(mask), e.op("Equal", places, e.scalar(0)))
-
-    return e.once(("kept tokens", mask.name), make)
 
 
 def _triangle(e: Emitter, size: Size, compare: str) -> ir.Value:

@@ -19,14 +19,13 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Unsupported
-from graphopt.backends.onnx.quantized import turned, zeros
+from graphopt.backends.onnx.quantized import integer_product, turned
 from graphopt.backends.tensorrt.linears import is_summed_wide, product
 from graphopt.backends.tensorrt.options import Accumulate
 from graphopt.backends.tensorrt.packed import tokens_before
 from graphopt.dims import Dim, Size
 from graphopt.ir import DTYPE_NAMES, Graph, Node, TensorType, Value, Weight
 
-ATTENTION = "graphopt.packed_attention.default"
 #: The plugin's name and version in the library's registry.
 CREATOR = "CustomQKVToContextPluginDynamic", "2"
 _LINEARS = {
@@ -94,18 +93,18 @@ def _of_one_product(e: Emitter, linears: Sequence[Node | None], heads: int, accu
     read, biased = ({node.args[part] for node in found} for part in (name, "bias"))
     if len(read) > 1 or (None in biased and len(biased) > 1):
         return None
-    x, type = e.value(found[0].args[name]), found[0].args["weight"].type
+    type = found[0].args["weight"].type
     if name == "input":
         wide = is_summed_wide(type.shape[1], type.dtype, accumulate)
-        made = product(e, x, turned(e, _head_by_head(e, found, "weight", heads)), type.dtype, wide)
+        made = product(
+            e, e.value(found[0].args[name]), turned(e, _head_by_head(e, found, "weight", heads)), type.dtype, wide
+        )
     elif len({node.args["x_scale"] for node in found}) > 1:
         return None
     else:
-        step, given = found[0].args["x_scale"], found[0].args["x"].type.dtype
-        own = e.op("DequantizeLinear", x, e.value(step), zeros(e, step, given))
-        parts = (_head_by_head(e, found, part, heads) for part in ("weight", "scale"))
-        weight = e.op("DequantizeLinear", *parts, e.constant(torch.zeros(3 * heads * _HEAD), type.dtype), axis=0)
-        made = e.op("MatMul", own, turned(e, weight))
+        weight, scale = (_head_by_head(e, found, part, heads) for part in ("weight", "scale"))
+        zero = e.constant(torch.zeros(3 * heads * _HEAD), type.dtype)
+        made = integer_product(e, found[0].args["x"], found[0].args["x_scale"], weight, scale, zero)
     return made if None in biased else e.op("Add", made, _head_by_head(e, found, "bias", heads))
 
 

@@ -44,7 +44,8 @@ class Sampler:
     def choose(self, logits: Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
         """A token for each row of ``logits`` ``[batch, vocabulary]``; ``texts`` are the rows' tokens so far."""
         if not self._processors and logits.device.type != "cpu":
-            return [int(token) for token in logits.argmax(-1).tolist()]
+            chosen: list[int] = logits.argmax(-1).tolist()
+            return chosen
         if not self._processors:
             # not torch's argmax, whose threads would spin on beside the engine's: see graphopt.runtime.decoder.kept
             return [int(token) for token in logits.float().numpy().argmax(-1)]
