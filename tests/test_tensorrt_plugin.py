@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -270,17 +271,42 @@ def test_products_of_the_plugins_result_are_in_int8(monkeypatch: pytest.MonkeyPa
     assert [(forms.get("integers", 0), forms.get("floats", 0)) for forms in used] == [(0, 1), (1, 0)]
 
 
+class SpokenTo:
+    """A library that takes a logger."""
+
+    class ILogger:
+        Severity = Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
+
+
+def test_what_a_library_says_is_heard_by_who_listens() -> None:
+    logger, severities = flavours.logger_of(SpokenTo), SpokenTo.ILogger.Severity
+    assert logger is flavours.logger_of(SpokenTo)
+    logger.log(severities.ERROR, "before")
+    with flavours.listening(SpokenTo) as outer:
+        logger.log(severities.INTERNAL_ERROR, "Validation failed")
+        with flavours.listening(SpokenTo) as inner:
+            for severity in severities:
+                for text in ("twice", "Int64 binding of x"):
+                    logger.log(severity, text)
+                    logger.log(severity, text)
+        logger.log(severities.WARNING, "last")
+    logger.log(severities.ERROR, "after")
+    both = ["twice", "twice", "Int64 binding of x", "Int64 binding of x"]
+    assert inner == flavours.Said([*both, *both], ["twice"])
+    assert outer == flavours.Said(["Validation failed", *both, *both], ["twice", "last"])
+
+
 def test_a_library_without_the_plugin_is_refused() -> None:
     class Registry:
         def get_creator(self, name: str, version: str, namespace: str) -> object | None:
             return None if name == "Other" else object()
 
-    class Library:
+    class Library(SpokenTo):
         __version__ = "11.0"
 
         @staticmethod
         def init_libnvinfer_plugins(logger: object, namespace: str) -> bool:
-            return True
+            return logger is flavours.logger_of(Library)
 
         @staticmethod
         def get_plugin_registry() -> Registry:

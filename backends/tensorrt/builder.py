@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from graphopt.backend import Progress
-from graphopt.backends.tensorrt.flavours import Flavour, logger_of
+from graphopt.backends.tensorrt.flavours import Flavour, Said, listening, logger_of
 from graphopt.backends.tensorrt.options import Options, Profile, shapes_in
 from graphopt.errors import BackendError
 from graphopt.ir import TensorType
@@ -44,43 +44,43 @@ def build_plan(
 
     BackendError says which node the importer or the builder refuses, and where that comes from."""
     trt = flavour.module()
-    logger = logger_of(trt)
-    builder = trt.Builder(logger)
+    builder = trt.Builder(logger_of(trt))
     if builder is None or (not flavour.builds_without_gpu and not torch.cuda.is_available()):
         raise BackendError(
             f"{flavour.name} builds on a machine with an NVIDIA GPU, and there is none",
             hint="build there, or for backend: tensorrt_rtx here",
         )
-    builder.max_threads = os.cpu_count() or 1
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(model)):
-        raise BackendError(*_refusal(parser, logger, flavour, origins))
-    _make_decomposable(trt, network)
-    config = _config(trt, builder, options)
-    for profile in profiles:
-        config.add_optimization_profile(_profile(builder, inputs, profile))
-    cache = None if flavour.builds_without_gpu else _timing_cache_file(flavour, options)
-    timings = None if cache is None else _load_timings(config, cache)
-    with _stoppable() as stop:
-        config.progress_monitor = _monitor(trt, progress, stop)
-        plan = builder.build_serialized_network(network, config)
+    with listening(trt) as said:
+        builder.max_threads = os.cpu_count() or 1
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger_of(trt))
+        if not parser.parse_from_file(str(model)):
+            raise BackendError(*_refusal(parser, said, flavour, origins))
+        _make_decomposable(trt, network)
+        config = _config(trt, builder, options)
+        for profile in profiles:
+            config.add_optimization_profile(_profile(builder, inputs, profile))
+        cache = None if flavour.builds_without_gpu else _timing_cache_file(flavour, options)
+        timings = None if cache is None else _load_timings(config, cache)
+        with _stoppable() as stop:
+            config.progress_monitor = _monitor(trt, progress, stop)
+            plan = builder.build_serialized_network(network, config)
     if stop.is_set():
         raise KeyboardInterrupt
     if plan is None:
-        words = _names_in(logger.errors, origins)
+        words = _names_in(said.errors, origins)
         raise BackendError(f"{flavour.name} cannot build the engine: {words[0]}", where=words[1])
     _save_timings(config, timings, cache)
-    return Plan(bytes(plan), _kinds(network), logger.warnings)
+    return Plan(bytes(plan), _kinds(network), said.warnings)
 
 
 # Errors
 
 
-def _refusal(parser: Any, logger: Any, flavour: Flavour, origins: Mapping[str, str]) -> tuple[str]:
+def _refusal(parser: Any, said: Said, flavour: Flavour, origins: Mapping[str, str]) -> tuple[str]:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if not errors:
-        return (f"{flavour.name} cannot read the model: {'; '.join(logger.errors)}",)
+        return (f"{flavour.name} cannot read the model: {'; '.join(said.errors)}",)
     first = errors[0]
     name, origin = first.node_name(), origins.get(first.node_name(), "")
     comes = f" (from {origin})" if origin else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphopt.attentions import PACKED
 from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
-from graphopt.backends.tensorrt.flavours import Flavour, load_plugins, logger_of
+from graphopt.backends.tensorrt.flavours import Flavour, listening, load_plugins, logger_of
 from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
 from graphopt.errors import BackendError, InputError, PipelineError
 from graphopt.execution import bind_dims
@@ -143,8 +143,10 @@ class TensorRtEngine(Engine):
                     raise BackendError(f"the shape of output {name!r} depends on the data, which is not supported")
                 made[name] = torch.empty(shape, dtype=type.dtype, device="cuda")
             context.set_tensor_address(name, made[name].data_ptr() or _nothing().data_ptr())
-        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise BackendError(f"{self.flavour.name} cannot run the engine")
+        with listening(self.flavour.module()) as said:
+            is_done = context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        if not is_done:
+            raise BackendError(f"{self.flavour.name} cannot run the engine: {_first(said.errors)}")
         return made
 
     def context_for(self, env: Mapping[str, int]) -> Any:
@@ -206,16 +208,20 @@ def _call_of(tensors: Mapping[str, Any]) -> Hashable:
 def opened_plan(flavour: Flavour, data: bytes, file: Path, built: str | None = None) -> Opened:
     """A plan's engine. BackendError if the plan is not for it, or not for this version; ``built``: the version that made it."""
     trt = flavour.module()
-    logger = logger_of(trt)
-    runtime = trt.Runtime(logger)
-    engine = runtime.deserialize_cuda_engine(data)
+    runtime = trt.Runtime(logger_of(trt))
+    with listening(trt) as said:
+        engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise BackendError(
-            f"{flavour.name} {trt.__version__} does not open the plan: {next(iter(logger.errors), 'no reason')}",
+            f"{flavour.name} {trt.__version__} does not open the plan: {_first(said.errors)}",
             where=str(file),
             hint=f"it was built with {built}: compile again here" if built else None,
         )
     return Opened(engine, runtime)
+
+
+def _first(errors: Sequence[str]) -> str:
+    return next(iter(errors), "it does not say why")
 
 
 def unrunnable(flavour: Flavour) -> str | None:

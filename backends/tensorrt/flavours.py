@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from packaging.version import Version
@@ -68,29 +70,47 @@ def load_plugins(trt: Any, creators: Iterable[tuple[str, str]] = ()) -> None:
     """The plugins that the library brings, for parsing and opening engines that have some.
 
     BackendError if it has one of the ``creators`` (name and version) not."""
-    trt.init_libnvinfer_plugins(None, "")
+    trt.init_libnvinfer_plugins(logger_of(trt), "")
     for name, version in creators:
         if trt.get_plugin_registry().get_creator(name, version, "") is None:
             raise BackendError(f"TensorRT {trt.__version__} has no plugin {name}, version {version}")
 
 
-def logger_of(trt: Any) -> Any:
-    """What the library says, by severity."""
+@dataclass
+class Said:
+    """What a library said, by severity."""
 
-    class Heard(trt.ILogger):  # type: ignore[misc]
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def listening(trt: Any) -> Iterator[Said]:
+    """What the library says meanwhile; from its threads and its plugins too."""
+    heard, logger = Said(), logger_of(trt)
+    logger.listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        logger.listeners.remove(heard)
+
+
+@functools.cache
+def logger_of(trt: Any) -> Any:
+    """The library's only logger, which lives as long as the process: the library and its plugins keep the first that they are
+    given, without owning it."""
+    severities = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
+            self.listeners: list[Said] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif (
-                severity == trt.ILogger.Severity.WARNING
-                and message not in self.warnings
-                and "Int64 binding" not in message
-            ):
-                self.warnings.append(message)
+            for heard in tuple(self.listeners):
+                if severity in (severities.ERROR, severities.INTERNAL_ERROR):
+                    heard.errors.append(message)
+                elif severity == severities.WARNING and message not in heard.warnings and "Int64 binding" not in message:
+                    heard.warnings.append(message)
 
-    return Heard()
+    return Logger()

@@ -33,6 +33,8 @@ _LINEARS = {
     "graphopt.static_linear.default": ("weight", "bias", "scale"),
 }
 _HEAD, _LONGEST = 64, 512  # the kernels that it has for every GPU it knows
+#: The plugin's defaults for int8. It reads them for int8 only; the parser warns where they are missing.
+_FOR_INT8 = {"dq_probs": 1 / 127, "use_int8_scale_max": 1}
 
 
 def plugin_attention(accumulate: Accumulate) -> Lowering:
@@ -52,7 +54,7 @@ def plugin_attention(accumulate: Accumulate) -> Lowering:
         name, version = CREATOR
         made = e.op(
             name, rows, longest, ends, longest, plugin_version=version, plugin_namespace="", type_id=1,
-            hidden_size=heads * _HEAD, num_heads=heads, has_mask=1, var_seqlen=1,
+            hidden_size=heads * _HEAD, num_heads=heads, has_mask=1, var_seqlen=1, **_FOR_INT8,
         )  # fmt: skip
         return e.reshape(made, q.type.shape)
 
