@@ -16,12 +16,13 @@ from graphopt.ir import Node
 class Quirk:
     """``backend`` at ``versions`` goes wrong where ``condition(node, form)`` holds, ``form`` being the lowering's name.
 
-    ``rewrite`` takes another form of the op; ``refuse`` stops the build."""
+    ``rewrite`` takes another form of the op; ``refuse`` stops the build; ``widen`` builds for two rows of a product where a
+    profile expects one and allows more."""
 
     backend: str
     versions: str
     condition: Callable[[Node, str], bool]
-    action: Literal["refuse", "rewrite"]
+    action: Literal["refuse", "rewrite", "widen"]
     text: str
     reference: str
 
@@ -50,6 +51,16 @@ def _integers_of_attention(node: Node, form: str) -> bool:
     return made is not None and made.op == "graphopt.attention.default" and made.output.type.dtype == torch.float16
 
 
+def _one_row_of_many_columns(node: Node, form: str) -> bool:
+    if node.op != "aten.linear.default":
+        return False
+    weight = node.args["weight"].type
+    return weight.dtype == torch.float32 and isinstance(weight.shape[0], int) and weight.shape[0] > _MANY
+
+
+#: Columns: a fp32 product of one row has kernels with 2,048 and none with 49,152.
+_MANY = 2048
+
 _MOVES = {f"aten.{name}" for name in ("transpose.int", "reshape.default", "view.default", "permute.default")}
 _MOVES |= {"graphopt.pack_tokens.default"}
 
@@ -66,6 +77,11 @@ QUIRKS: tuple[Quirk, ...] = (
     Quirk(
         "tensorrt", ">=10.6,<10.7", _integers_of_attention, "rewrite",
         "an int8 product of attention's result does not build in fp16: the product stays in fp16", "seen in 10.6 on an H100",
+    ),
+    Quirk(
+        "tensorrt", ">=10.6,<10.7", _one_row_of_many_columns, "widen",
+        "for one row an fp32 product with tens of thousands of columns does not build if more rows are allowed: built for two",
+        "seen in 10.6 on an H200",
     ),
 )  # fmt: skip
 

@@ -18,11 +18,21 @@ from graphopt.backends.onnx.emitter import Dialect, Emitter, Unsupported
 from graphopt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.engine import PROVIDERS, shape_options
 from graphopt.backends.quirks import quirks_in_force
+from graphopt.backends.tensorrt import backend as backends
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBackend
+from graphopt.backends.tensorrt.builder import Plan
 from graphopt.backends.tensorrt.dialect import OLD_OPSET, tensorrt_dialect
 from graphopt.backends.tensorrt.linears import Device
-from graphopt.backends.tensorrt.options import Options, Profile, nearest_profile, profiles_of, shapes_in
+from graphopt.backends.tensorrt.options import (
+    Options,
+    Profile,
+    for_two_rows,
+    nearest_profile,
+    profiles_of,
+    shapes_in,
+)
+from graphopt.dims import Dim
 from graphopt.errors import MissingBackendError, PipelineError
 from graphopt.ir import Graph, Weight
 from graphopt.runtime.cache import CacheLayout
@@ -300,7 +310,61 @@ def test_without_the_library_graphs_are_still_emitted(
     assert list(tmp_path.iterdir()) == []
 
 
-# A fault of 10.6
+# Faults of 10.6
+
+
+HEAD = """
+    input %x: f32[batch, 1, 8]
+    weight %w: f32[{0}, 8]
+    %y: f32[batch, 1, {0}] = aten.linear.default(input=%x, weight=%w)
+    output y = %y
+"""
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "version", "options", "expected"),
+    [
+        (4096, "f32", "10.6.0", {}, [(1, 2, 4)]),
+        (2048, "f32", "10.6.0", {}, [(1, 1, 4)]),
+        (4096, "f16", "10.6.0", {}, [(1, 1, 4)]),
+        (4096, "f32", "10.9.0", {}, [(1, 1, 4)]),
+        (4096, "f32", "10.6.0", {"shapes": [{"batch": 1, "sequence": 8}]}, [(1, 1, 1), (1, 2, 4)]),
+        (4096, "f32", "10.6.0", {"shapes": [{"batch": 3, "sequence": 8}]}, [(3, 3, 3), (1, 2, 4)]),
+    ],
+)
+def test_fp32_heads_are_built_for_two_rows_in_10_6(
+    columns: int,
+    dtype: str,
+    version: str,
+    options: dict[str, Any],
+    expected: list[tuple[int, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    built: list[Any] = []
+
+    def build(flavour: object, file: Path, inputs: object, profiles: list[Profile], *rest: object) -> Plan:
+        built.extend(profile["batch"] for profile in profiles)
+        return Plan(b"")
+
+    monkeypatch.setattr(flavours.Flavour, "module", lambda flavour: SimpleNamespace(__version__=version))
+    monkeypatch.setattr(backends, "build_plan", build)
+    graph = graph_of(HEAD.format(columns).replace("f32", dtype))
+    made = TensorRtBackend(TargetConfig(backend="tensorrt", options=options)).build(graph, tmp_path)
+    assert built == expected
+    assert [warning for warning in made.warnings if "one row" in warning] == (
+        made.warnings if (1, 2, 4) in expected else []
+    )
+
+
+def test_a_product_takes_two_rows_where_its_sizes_allow_it() -> None:
+    batch, sequence = Dim.named("batch"), Dim.named("sequence")
+    one: Profile = {"batch": (1, 1, 4), "sequence": (1, 1, 1)}
+    assert for_two_rows(one, (batch, 1)) == {"batch": (1, 2, 4), "sequence": (1, 1, 1)}
+    for lead in ((sequence,), (batch, 2), (1,)):
+        assert for_two_rows(one, lead) == one
+    long: Profile = {"batch": (1, 1, 1), "sequence": (1, 1, 64)}
+    assert for_two_rows(long, (batch, sequence)) == {"batch": (1, 1, 1), "sequence": (1, 2, 64)}
 
 
 INT8 = """

@@ -354,7 +354,8 @@ class Emitter:
         name = packet(node)
         reasons = []
         for form, lowering in self._candidates(node):
-            fault = next((quirk for quirk in self.dialect.quirks if quirk.condition(node, form)), None)
+            faults = (quirk for quirk in self.dialect.quirks if quirk.action != "widen")
+            fault = next((quirk for quirk in faults if quirk.condition(node, form)), None)
             if fault is not None and fault.action == "refuse":
                 raise LoweringError(f"{name}: {fault.text} ({fault.reference})", where=node.where)
             if fault is not None:

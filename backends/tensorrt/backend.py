@@ -15,18 +15,18 @@ from graphopt.attentions import PACKED
 from graphopt.backend import Backend, Built, Progress, no_progress
 from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
 from graphopt.backends.onnx.emitter import Emitter
-from graphopt.backends.quirks import faults_in_force, quirks_in_force
+from graphopt.backends.quirks import Quirk, faults_in_force, quirks_in_force
 from graphopt.backends.tensorrt.builder import build_plan
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, opened_plan, unrunnable
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, load_plugins, parsed_ops
 from graphopt.backends.tensorrt.inspection import check_kernels, kernels_of, layers_of
 from graphopt.backends.tensorrt.linears import Device
-from graphopt.backends.tensorrt.options import Options, profiles_of
+from graphopt.backends.tensorrt.options import Options, Profile, for_two_rows, profiles_of
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
-from graphopt.ir import Graph
+from graphopt.ir import Graph, TensorType
 from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
@@ -70,10 +70,14 @@ class TensorRtBackend(Backend):
         if self.options.split_sums and self.unrunnable() is None:
             inputs = {name: value.type for name, value in graph.inputs.items()}
             device = Device.here(profiles_of(inputs, graph.dims, self.options, layout_of(graph)))
-        quirks = quirks_in_force(self.name, own)
         padding = self.options.packed_padding if self.flavour.has_plugins else None
         dialect = tensorrt_dialect(
-            parsed_ops(self.flavour), self.name, quirks, device, self.options.accumulate, padding
+            parsed_ops(self.flavour),
+            self.name,
+            quirks_in_force(self.name, own),
+            device,
+            self.options.accumulate,
+            padding,
         )
         return Emitter(graph, dialect)
 
@@ -85,8 +89,8 @@ class TensorRtBackend(Backend):
                 hint="leave it out, or build on the device",
             )
         inputs = {name: value.type for name, value in graph.inputs.items()}
-        profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
         trt = self.flavour.module()  # before anything is written
+        profiles, widened = self._profiles(graph, inputs)
         if self.flavour.has_plugins and PACKED in graph.op_counts():
             load_plugins(trt, [CREATOR])
         emitter = self.emit(graph)
@@ -102,11 +106,24 @@ class TensorRtBackend(Backend):
         if self.unrunnable() is None:
             kernels = kernels_of(layers_of(trt, opened_plan(self.flavour, plan.data, folder / PLAN).engine))
         warnings = [f"{self.name}: {each}" for each in plan.warnings]
-        for fault, places in emitter.avoided.items():
+        for fault, places in (widened | emitter.avoided).items():
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
         if kernels:
             warnings += check_kernels(kernels, _asked(graph, emitter), self.options.sparse_weights)
         return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels)
+
+    def _profiles(self, graph: Graph, inputs: Mapping[str, TensorType]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
+        """What to build for, and the faults for which it expects more rows than asked, with their places."""
+        profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
+        widened: dict[Quirk, list[str]] = {}
+        for fault in quirks_in_force(self.name, self.flavour.version()):
+            for node in graph.nodes if fault.action == "widen" else ():
+                if fault.condition(node, ""):
+                    wider = [for_two_rows(profile, node.output.type.shape[:-1]) for profile in profiles]
+                    if wider != profiles:
+                        widened.setdefault(fault, []).append(node.where)
+                    profiles = wider
+        return profiles, widened
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:

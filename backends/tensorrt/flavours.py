@@ -76,7 +76,7 @@ def load_plugins(trt: Any, creators: Iterable[tuple[str, str]] = ()) -> None:
             raise BackendError(f"TensorRT {trt.__version__} has no plugin {name}, version {version}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Said:
     """What a library said, by severity."""
 
@@ -110,7 +110,9 @@ def logger_of(trt: Any) -> Any:
             for heard in tuple(self.listeners):
                 if severity in (severities.ERROR, severities.INTERNAL_ERROR):
                     heard.errors.append(message)
-                elif severity == severities.WARNING and message not in heard.warnings and "Int64 binding" not in message:
+                elif (
+                    severity == severities.WARNING and message not in heard.warnings and "Int64 binding" not in message
+                ):
                     heard.warnings.append(message)
 
     return Logger()

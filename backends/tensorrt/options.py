@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from graphopt.dims import Dim, evaluate
+from graphopt.dims import Dim, Size, evaluate
 from graphopt.errors import PipelineError, nearest
 from graphopt.ir import DimRange, TensorType
 from graphopt.runtime.cache import CacheLayout
@@ -143,6 +144,20 @@ def _whole(inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange]) -> Pr
         expected = min(max(1 if name in counts else _COMMON, bounds.min), bounds.max)
         sizes[name] = (bounds.min, expected, bounds.max)
     return sizes
+
+
+def for_two_rows(profile: Profile, lead: Sequence[Size]) -> Profile:
+    """The profile, expecting two rows of a product ``[*lead, K]`` if it expects one and allows more."""
+
+    def rows(sizes: Mapping[str, int]) -> int:
+        return math.prod(evaluate(size, sizes) for size in lead)
+
+    expected = {name: best for name, (_, best, _) in profile.items()}
+    wider = ({**expected, name: min(2, high)} for name, (_, _, high) in profile.items())
+    found = next((sizes for sizes in wider if rows(sizes) > 1), None) if rows(expected) == 1 else None
+    if found is None:
+        return profile
+    return {name: (low, found[name], high) for name, (low, _, high) in profile.items()}
 
 
 def shapes_in(type: TensorType, profile: Profile) -> list[tuple[int, ...]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -34,7 +35,7 @@ _LINEARS = {
 }
 _HEAD, _LONGEST = 64, 512  # the kernels that it has for every GPU it knows
 #: The plugin's defaults for int8. It reads them for int8 only; the parser warns where they are missing.
-_FOR_INT8 = {"dq_probs": 1 / 127, "use_int8_scale_max": 1}
+_FOR_INT8: dict[str, Any] = {"dq_probs": 1 / 127, "use_int8_scale_max": 1}
 
 
 def plugin_attention(accumulate: Accumulate) -> Lowering:
