@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,29 @@ def test_a_static_cache_stays_where_it_is(build: str, monkeypatch: pytest.Monkey
         assert {where for kind, bound, where in bindings if bound in (name, present)} == {place}
         kinds = [kind for kind, bound, _ in bindings if bound in (name, present)]
         assert kinds == ["bind_input", "bind_output"] * 3  # single tokens have one binding
+
+
+def test_feeds_that_onnxruntime_copies_are_bound_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the CPU it copies an input to where the model reads it (lengths are read on the CPU) when it is bound: a binding
+    that comes again would give the first step's."""
+    made, tokens = decoder("static"), tokens_of(1, 8)
+    names, expected, copies = set(made.feeds(tokens, [0])), made.whole(tokens), list[tuple[str, Tensor]]()
+    original = bound_cache._bind_tensor
+
+    def copied(bind: Any, name: str, tensor: Tensor) -> None:
+        if name in names:
+            tensor = tensor.clone()
+            copies.append((name, tensor))
+        original(bind, name, tensor)
+
+    monkeypatch.setattr(bound_cache, "_bind_tensor", copied)
+    cache = made.cache(1)
+    assert isinstance(cache, bound_cache.BoundCache)
+    assert not cache.binds_by_copy
+    cache.binds_by_copy = True
+    got = [cache.step(made.feeds(tokens[:, at : at + 1], [at]))["logits"].clone() for at in range(8)]
+    close(torch.cat(got, 1), expected)
+    assert Counter(name for name, _ in copies) == dict.fromkeys(names, 9)  # the first step binds twice
 
 
 def test_rows_that_run_apart_are_parts_of_the_buffers() -> None:

@@ -38,7 +38,7 @@ def running() -> Iterator[None]:
 
 @dataclass
 class _Call:
-    """A binding of some rows of the cache, with the tensors that one step's feeds are copied into.
+    """A binding of some rows of the cache, with the tensors, on the CPU, that one step's feeds are copied into.
 
     ``pasts`` and ``presents`` are the same buffers in a static layout; a binding does not keep them alive."""
 
@@ -57,6 +57,8 @@ class BoundCache(KvCache):
 
     def __init__(self, engine: OnnxRuntimeEngine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
         self.device = torch.device("cuda" if engine.provider == "cuda" else "cpu")
+        #: Whether some inputs may be read elsewhere than they lie: onnxruntime copies those when they are bound, and only then.
+        self.binds_by_copy = self.device.type != "cpu"
         super().__init__(engine, layout, batch, {name: t.to(self.device).contiguous() for name, t in once.items()})
         self._calls: dict[tuple[int, int, int], _Call] = {}
 
@@ -85,6 +87,10 @@ class BoundCache(KvCache):
         call = self._call(feeds, first, last)
         for name, tensor in feeds.items():
             call.feeds[name].copy_(tensor)
+        if self.binds_by_copy:
+            for name, tensor in call.feeds.items():
+                _bind_tensor(call.binding.bind_input, name, tensor)
+            call.binding.synchronize_inputs()
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         with running():
@@ -111,7 +117,7 @@ class BoundCache(KvCache):
     def _bind(self, feeds: Mapping[str, Tensor], first: int, last: int) -> _Call:
         layout = self.layout
         pasts = {name: tensor[first:last] for name, tensor in self.tensors.items()}
-        copies = {name: tensor.to(self.device).clone() for name, tensor in feeds.items()}
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in feeds.items()}
         pasts |= {name: tensor[first:last] for name, tensor in self.once.items()}
         given = {name: signature(name, tensor) for name, tensor in {**feeds, **pasts}.items()}
         env = bind_dims(self.engine.inputs, self.engine.dims, given)
