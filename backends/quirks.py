@@ -58,7 +58,7 @@ def _one_row_of_many_columns(node: Node, form: str) -> bool:
     return weight.dtype == torch.float32 and isinstance(weight.shape[0], int) and weight.shape[0] > _MANY
 
 
-#: Columns: a fp32 product of one row has kernels with 2,048 and none with 49,152.
+#: Columns: with 2,048 such a product built, with 49,152 it did not; between them it was not tried.
 _MANY = 2048
 
 _MOVES = {f"aten.{name}" for name in ("transpose.int", "reshape.default", "view.default", "permute.default")}
@@ -80,7 +80,7 @@ QUIRKS: tuple[Quirk, ...] = (
     ),
     Quirk(
         "tensorrt", ">=10.6,<10.7", _one_row_of_many_columns, "widen",
-        "for one row an fp32 product with tens of thousands of columns does not build if more rows are allowed: built for two",
+        "an fp32 product with many columns may not build where one row is expected and more are allowed: two are expected",
         "seen in 10.6 on an H200",
     ),
 )  # fmt: skip

@@ -15,6 +15,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ from graphopt.sources import transformers_source
 Shape = tuple[int, ...]
 SHAPES: tuple[Shape, ...] = ((1, 128), (8, 128), (32, 128), (32, 384))
 PADDED: Shape = (32, 384, 1)
+ALL = (*SHAPES, PADDED)
 BETWEEN: tuple[Shape, ...] = ((1, 16), (3, 77), (16, 200))  # sizes that nothing was built for alone
-AGAINST_TORCH: dict[Shape, float] = {(1, 128): 0.55, (8, 128): 0.62, (32, 128): 0.75, (32, 384): 0.75}
+AGAINST_TORCH: dict[Shape, float] = {(1, 128): 0.55, (8, 128): 0.62, (32, 128): 0.75, (32, 384): 0.75, PADDED: 0.75}
 INT8_GAIN: dict[Shape, float] = {(1, 128): 1.25, (32, 128): 1.3}
 DIMS = {"batch": (1, 32), "sequence": (2, 384)}
 FP16_PARITY = 5e-3
@@ -117,10 +119,13 @@ class Encoder:
         is_fixed = options.get("packed_padding") != "dropped"
         return engine_of(graph, self.folder / name, cuda_graphs=is_fixed, shapes=shapes, **options)
 
-    def for_one(self, name: str, graph: Graph, **options: Any) -> BareEngine:
-        """For the first shape, and whatever is smaller."""
-        batch, sequence = SHAPES[0]
-        return engine_of(narrowed(graph, batch=(1, 2 * batch), sequence=(2, sequence)), self.folder / name, **options)
+    def for_one(self, name: str, graph: Graph, shape: Shape, **options: Any) -> BareEngine:
+        """One profile, for a shape and whatever is smaller. Its batch stays a size (of 2 at least), as that of a served model."""
+        batch, sequence = shape
+        most = max(batch, 2)
+        own = narrowed(graph, batch=(1, most), sequence=(2, sequence))
+        profile = {"batch": (1, batch, most), "sequence": (2, sequence, sequence)}
+        return engine_of(own, self.folder / name, profiles=[profile], **options)
 
     def on_cuda(self, name: str) -> Engine:
         """The same passes for ONNX Runtime's CUDA provider."""
@@ -153,7 +158,7 @@ class Encoder:
         profiles = [{"batch": (b, b, b), "sequence": (s, s, s)} for b, s in SHAPES]
         return engine_of_file(file, inputs, outputs, DIMS, profiles)
 
-    def offs(self, engine: Call, shapes: Sequence[Shape] = (*SHAPES, PADDED, *BETWEEN)) -> dict[Shape, float]:
+    def offs(self, engine: Call, shapes: Sequence[Shape] = (*ALL, *BETWEEN)) -> dict[Shape, float]:
         return {shape: self.off(engine, shape) for shape in shapes}
 
     def off(self, engine: Call, shape: Shape) -> float:
@@ -181,41 +186,55 @@ def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str])
         for name in wanted or builds:
             if name == TORCH:
                 continue
+            side = builds[name]
             try:
-                engine = builds[name]()
-                shapes = SHAPES[:1] if " for " in name else (*SHAPES, PADDED)
-                times[name] = latencies(engine, shapes)
+                engine = side.build()
+                off[name], times[name] = (
+                    made.offs(engine, (*side.shapes, *side.between)), latencies(engine, side.shapes),
+                )  # fmt: skip
             except (GraphoptError, RuntimeError) as error:
                 counts.notes.append(f"{name}: {str(error).splitlines()[0][:200]}")
                 print(counts.notes[-1], flush=True)
                 continue
-            off[name] = made.offs(engine, shapes if " for " in name else (*shapes, *BETWEEN))
             # An engine takes minutes: what there is by then is seen.
             print(name, times[name], off[name], flush=True)
             if isinstance(engine, TensorRtEngine):
                 counts.add(name, **kernels_of(layers_of(TENSORRT.module(), engine.opened().engine)))
-                seen = [shape for shape in shapes if kernels and shape != SHAPES[1]]
+                seen = [shape for shape in side.shapes if kernels and shape != SHAPES[1]]
                 results.tables += [kernels_at(name, engine, shape) for shape in seen]
         speed(results, layers, times)
         results.tables.append(counts)
         parity(results, off)
 
 
-def engines_of(made: Encoder) -> dict[str, Callable[[], Engine]]:
+@dataclass(frozen=True)
+class Side:
+    """How an engine is built, the shapes that it is timed at, and those that only its parity is looked at."""
+
+    build: Callable[[], Engine]
+    shapes: tuple[Shape, ...] = ALL
+    between: tuple[Shape, ...] = BETWEEN
+
+
+def engines_of(made: Encoder) -> dict[str, Side]:
     behind, dropped = ({"packed_padding": where} for where in ("behind", "dropped"))
+    one, many = SHAPES[0], SHAPES[2]
     return {
-        "fp16": lambda: made.for_all("fp16", made.fp16),
-        "fp16, fp32 sums": lambda: made.for_all("wide", made.fp16, accumulate="fp32"),
-        "fp16, packed": lambda: made.for_all("packed", made.packed, **behind),
-        "fp16, packed, fastest sums": lambda: made.for_all("fast", made.packed, **behind, accumulate="fastest"),
-        "fp16, packed, padding dropped": lambda: made.for_all("dropped", made.packed, **dropped),
-        "fp16, for 1 x 128": lambda: made.for_one("one", made.fp16),
-        "fp16, for 1 x 128, split sums": lambda: made.for_one("split", made.fp16, split_sums=True),
-        "plain export": made.exported,
-        "int8": lambda: made.for_all("int8", made.int8),
-        "int8, packed": lambda: made.for_all("int8_packed", made.packed_int8, **behind),
-        "int8, for 1 x 128": lambda: made.for_one("int8_one", made.int8),
-        "ONNX Runtime CUDA": lambda: made.on_cuda("cuda"),
+        "fp16": Side(lambda: made.for_all("fp16", made.fp16)),
+        "fp16, fp32 sums": Side(lambda: made.for_all("wide", made.fp16, accumulate="fp32")),
+        "fp16, packed": Side(lambda: made.for_all("packed", made.packed, **behind)),
+        "fp16, packed, fastest sums": Side(lambda: made.for_all("fast", made.packed, **behind, accumulate="fastest")),
+        "fp16, packed, padding dropped": Side(lambda: made.for_all("dropped", made.packed, **dropped)),
+        "fp16, packed, for 32 x 128": Side(lambda: made.for_one("many", made.packed, many, **behind), (many,), ()),
+        "fp16, for 1 x 128": Side(lambda: made.for_one("one", made.fp16, one), (one,), ()),
+        "fp16, for 1 x 128, split sums": Side(
+            lambda: made.for_one("split", made.fp16, one, split_sums=True), (one,), ()
+        ),
+        "plain export": Side(made.exported, between=()),
+        "int8": Side(lambda: made.for_all("int8", made.int8)),
+        "int8, packed": Side(lambda: made.for_all("int8_packed", made.packed_int8, **behind)),
+        "int8, for 1 x 128": Side(lambda: made.for_one("int8_one", made.int8, one), (one,), ()),
+        "ONNX Runtime CUDA": Side(lambda: made.on_cuda("cuda")),
     }
 
 
@@ -224,7 +243,7 @@ def kernels_at(name: str, engine: TensorRtEngine, shape: Shape) -> Table:
     return slowest(f"{name}, {named(shape)}", engine.context_for(env), lambda: engine.enqueue(feeds, env, {}))
 
 
-def latencies(side: Call, shapes: Sequence[Shape] = (*SHAPES, PADDED)) -> dict[Shape, float]:
+def latencies(side: Call, shapes: Sequence[Shape] = ALL) -> dict[Shape, float]:
     found = {}
     for shape in shapes:
         feeds = inputs_of(*shape)
@@ -238,11 +257,9 @@ def speed(results: Results, layers: int, times: Mapping[str, Mapping[Shape, floa
     table.notes.append(
         "engines are for all shapes but where one is named; ONNX Runtime and dropped padding without CUDA graphs"
     )
-    for shape in (*SHAPES, PADDED):
+    for shape in ALL:
         each = {name: own[shape] for name, own in times.items() if shape in own}
         table.add(named(shape), **each)
-        if shape == PADDED:
-            continue
         fp16, int8 = (
             min((own for name, own in each.items() if name.startswith(kind)), default=math.nan)
             for kind in ("fp16", "int8")
@@ -259,7 +276,7 @@ def speed(results: Results, layers: int, times: Mapping[str, Mapping[Shape, floa
 
 def parity(results: Results, off: Mapping[str, Mapping[Shape, float]]) -> None:
     table = Table("Largest difference from fp32 eager, of the output's scale", "batch x sequence")
-    for shape in (*SHAPES, PADDED, *BETWEEN):
+    for shape in (*ALL, *BETWEEN):
         table.add(named(shape), **{name: own[shape] for name, own in off.items() if shape in own})
     results.goals += [
         Goal.at_most(f"{name}: largest difference from eager", FP16_PARITY, max(own.values()))

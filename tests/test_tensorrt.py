@@ -22,6 +22,7 @@ from graphopt.backends.tensorrt import backend as backends
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBackend
 from graphopt.backends.tensorrt.builder import Plan
+from graphopt.backends.tensorrt.device_cache import Recorded
 from graphopt.backends.tensorrt.dialect import OLD_OPSET, tensorrt_dialect
 from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import (
@@ -291,6 +292,27 @@ def test_options_that_are_refused(options: dict[str, Any], reason: str) -> None:
         TensorRtBackend(TargetConfig(backend="tensorrt", options=options))
 
 
+# Recorded calls
+
+
+def test_results_of_a_recorded_call_are_the_callers_own() -> None:
+    """The graph reads and writes tensors of its own, of any dtypes."""
+    inputs = {"x": torch.zeros(2, 3), "y": torch.zeros(2, 3), "n": torch.zeros(2, dtype=torch.int64)}
+    results = {"sum": torch.zeros(2, 3), "twice": torch.zeros(2, dtype=torch.int64)}
+
+    class Graph:
+        def replay(self) -> None:
+            torch.add(inputs["x"], inputs["y"], out=results["sum"])
+            torch.mul(inputs["n"], 2, out=results["twice"])
+
+    recorded = Recorded(cast(torch.cuda.CUDAGraph, Graph()), results, inputs)
+    calls = [{name: torch.full_like(tensor, number) for name, tensor in inputs.items()} for number in (1, 5)]
+    found = [recorded.replay(call) for call in calls]
+    for number, own in zip((1, 5), found, strict=True):
+        assert torch.equal(own["sum"], torch.full((2, 3), 2.0 * number))
+        assert own["twice"].tolist() == [2 * number] * 2
+
+
 # Nothing installed
 
 
@@ -352,9 +374,15 @@ def test_fp32_heads_are_built_for_two_rows_in_10_6(
     graph = graph_of(HEAD.format(columns).replace("f32", dtype))
     made = TensorRtBackend(TargetConfig(backend="tensorrt", options=options)).build(graph, tmp_path)
     assert built == expected
-    assert [warning for warning in made.warnings if "one row" in warning] == (
-        made.warnings if (1, 2, 4) in expected else []
-    )
+    assert ["1 times, first at %y" in warning for warning in made.warnings] == [True] * ((1, 2, 4) in expected)
+
+
+def test_all_products_that_need_two_rows_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(flavours.Flavour, "module", lambda flavour: SimpleNamespace(__version__="10.6.0"))
+    monkeypatch.setattr(backends, "build_plan", lambda *given: Plan(b""))
+    other = HEAD.format(4096).replace("%y", "%z").replace("output y", "output z").split("weight %w: f32[4096, 8]")[1]
+    made = TensorRtBackend(TargetConfig(backend="tensorrt")).build(graph_of(HEAD.format(4096) + other), tmp_path)
+    assert ["2 times, first at %y" in warning for warning in made.warnings] == [True]
 
 
 def test_a_product_takes_two_rows_where_its_sizes_allow_it() -> None:
@@ -363,6 +391,8 @@ def test_a_product_takes_two_rows_where_its_sizes_allow_it() -> None:
     assert for_two_rows(one, (batch, 1)) == {"batch": (1, 2, 4), "sequence": (1, 1, 1)}
     for lead in ((sequence,), (batch, 2), (1,)):
         assert for_two_rows(one, lead) == one
+    both: Profile = {"batch": (1, 1, 4), "sequence": (1, 1, 64)}
+    assert for_two_rows(both, (batch, sequence)) == {"batch": (1, 2, 4), "sequence": (1, 1, 64)}
     long: Profile = {"batch": (1, 1, 1), "sequence": (1, 1, 64)}
     assert for_two_rows(long, (batch, sequence)) == {"batch": (1, 1, 1), "sequence": (1, 2, 64)}
 

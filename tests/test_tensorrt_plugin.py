@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,6 +33,7 @@ from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
 from tests.onnx_helpers import emit
 from tests.rules import inputs_of, load, program
+from tests.test_tensorrt_logger import TalkingLibrary
 
 SIZES = ({"batch": 2, "sequence": 6}, {"batch": 3, "sequence": 1}, {"batch": 4, "sequence": 9})
 PADDINGS = ("behind", "before", "mixed", "none", "holes")
@@ -105,6 +105,7 @@ class Plugin(OpRun):
         assert rows.shape == (tokens, 3 * hidden_size, 1, 1)
         assert (rows.dtype, ends.dtype, longest.ndim) == (np.float16, np.int32, 1)
         assert (others["type_id"], others["has_mask"], others["var_seqlen"]) == (1, 1, 1)
+        assert (others["dq_probs"], others["use_int8_scale_max"]) == (pytest.approx(1 / 127), 1)  # or the parser warns
         assert ends[0] == 0
         assert ends[-1] <= tokens
         assert max(np.diff(ends)) <= len(longest)
@@ -271,45 +272,18 @@ def test_products_of_the_plugins_result_are_in_int8(monkeypatch: pytest.MonkeyPa
     assert [(forms.get("integers", 0), forms.get("floats", 0)) for forms in used] == [(0, 1), (1, 0)]
 
 
-class SpokenTo:
-    """A library that takes a logger."""
-
-    class ILogger:
-        Severity = Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
-
-
-def test_what_a_library_says_is_heard_by_who_listens() -> None:
-    logger, severities = flavours.logger_of(SpokenTo), SpokenTo.ILogger.Severity
-    assert logger is flavours.logger_of(SpokenTo)
-    logger.log(severities.ERROR, "before")
-    with flavours.listening(SpokenTo) as outer:
-        with flavours.listening(SpokenTo):
-            pass
-        logger.log(severities.INTERNAL_ERROR, "Validation failed")
-        with flavours.listening(SpokenTo) as inner:
-            for severity in severities:
-                for text in ("twice", "Int64 binding of x"):
-                    logger.log(severity, text)
-                    logger.log(severity, text)
-        logger.log(severities.WARNING, "last")
-    logger.log(severities.ERROR, "after")
-    both = ["twice", "twice", "Int64 binding of x", "Int64 binding of x"]
-    assert inner.errors == [*both, *both]
-    assert outer.errors == ["Validation failed", *both, *both]
-    assert (inner.warnings, outer.warnings) == (["twice"], ["twice", "last"])
-
-
 def test_a_library_without_the_plugin_is_refused() -> None:
     class Registry:
         def get_creator(self, name: str, version: str, namespace: str) -> object | None:
             return None if name == "Other" else object()
 
-    class Library(SpokenTo):
+    class Library(TalkingLibrary):
         __version__ = "11.0"
 
         @staticmethod
         def init_libnvinfer_plugins(logger: object, namespace: str) -> bool:
-            return logger is flavours.logger_of(Library)
+            assert logger is flavours.logger_of(Library)
+            return True
 
         @staticmethod
         def get_plugin_registry() -> Registry:

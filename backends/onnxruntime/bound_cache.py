@@ -122,7 +122,7 @@ class BoundCache(KvCache):
         given = {name: signature(name, tensor) for name, tensor in {**feeds, **pasts}.items()}
         env = bind_dims(self.engine.inputs, self.engine.dims, given)
         call = _Call(self.engine.session.io_binding(), copies, pasts)
-        for name, tensor in {**copies, **pasts}.items():
+        for name, tensor in (pasts if self.binds_by_copy else copies | pasts).items():
             _bind_tensor(call.binding.bind_input, name, tensor)
         for past, present in layout.names.items():
             grows = layout.max_length is None

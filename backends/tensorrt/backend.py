@@ -26,7 +26,7 @@ from graphopt.backends.tensorrt.options import Options, Profile, for_two_rows, p
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
-from graphopt.ir import Graph, TensorType
+from graphopt.ir import Graph
 from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
@@ -71,13 +71,9 @@ class TensorRtBackend(Backend):
             inputs = {name: value.type for name, value in graph.inputs.items()}
             device = Device.here(profiles_of(inputs, graph.dims, self.options, layout_of(graph)))
         padding = self.options.packed_padding if self.flavour.has_plugins else None
+        quirks = quirks_in_force(self.name, own)
         dialect = tensorrt_dialect(
-            parsed_ops(self.flavour),
-            self.name,
-            quirks_in_force(self.name, own),
-            device,
-            self.options.accumulate,
-            padding,
+            parsed_ops(self.flavour), self.name, quirks, device, self.options.accumulate, padding
         )
         return Emitter(graph, dialect)
 
@@ -89,8 +85,9 @@ class TensorRtBackend(Backend):
                 hint="leave it out, or build on the device",
             )
         inputs = {name: value.type for name, value in graph.inputs.items()}
+        profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
         trt = self.flavour.module()  # before anything is written
-        profiles, widened = self._profiles(graph, inputs)
+        profiles, widened = self._widened(graph, profiles)
         if self.flavour.has_plugins and PACKED in graph.op_counts():
             load_plugins(trt, [CREATOR])
         emitter = self.emit(graph)
@@ -112,18 +109,19 @@ class TensorRtBackend(Backend):
             warnings += check_kernels(kernels, _asked(graph, emitter), self.options.sparse_weights)
         return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels)
 
-    def _profiles(self, graph: Graph, inputs: Mapping[str, TensorType]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
-        """What to build for, and the faults for which it expects more rows than asked, with their places."""
-        profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
-        widened: dict[Quirk, list[str]] = {}
-        for fault in quirks_in_force(self.name, self.flavour.version()):
-            for node in graph.nodes if fault.action == "widen" else ():
-                if fault.condition(node, ""):
-                    wider = [for_two_rows(profile, node.output.type.shape[:-1]) for profile in profiles]
-                    if wider != profiles:
-                        widened.setdefault(fault, []).append(node.where)
-                    profiles = wider
-        return profiles, widened
+    def _widened(self, graph: Graph, profiles: list[Profile]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
+        """The profiles, expecting two rows of products that faults need two of; and where those are."""
+        found: dict[Quirk, list[str]] = {}
+        faults = [fault for fault in quirks_in_force(self.name, self.flavour.version()) if fault.action == "widen"]
+        for fault in faults:
+            products = [node for node in graph.nodes if fault.condition(node, "")]
+            for node in products:
+                lead = node.output.type.shape[:-1]
+                if any(for_two_rows(profile, lead) != profile for profile in profiles):
+                    found.setdefault(fault, []).append(node.where)
+            for node in products:
+                profiles = [for_two_rows(profile, node.output.type.shape[:-1]) for profile in profiles]
+        return profiles, found
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:

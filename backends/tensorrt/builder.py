@@ -44,13 +44,13 @@ def build_plan(
 
     BackendError says which node the importer or the builder refuses, and where that comes from."""
     trt = flavour.module()
-    builder = trt.Builder(logger_of(trt))
-    if builder is None or (not flavour.builds_without_gpu and not torch.cuda.is_available()):
-        raise BackendError(
-            f"{flavour.name} builds on a machine with an NVIDIA GPU, and there is none",
-            hint="build there, or for backend: tensorrt_rtx here",
-        )
     with listening(trt) as said:
+        builder = trt.Builder(logger_of(trt))
+        if builder is None or (not flavour.builds_without_gpu and not torch.cuda.is_available()):
+            raise BackendError(
+                f"{flavour.name} builds on a machine with an NVIDIA GPU, and there is none",
+                hint="build there, or for backend: tensorrt_rtx here",
+            )
         builder.max_threads = os.cpu_count() or 1
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger_of(trt))
@@ -68,8 +68,9 @@ def build_plan(
     if stop.is_set():
         raise KeyboardInterrupt
     if plan is None:
-        words = _names_in(said.errors, origins)
-        raise BackendError(f"{flavour.name} cannot build the engine: {words[0]}", where=words[1])
+        raise BackendError(
+            f"{flavour.name} cannot build the engine: {said.first}", where=_origin_in(said.errors, origins)
+        )
     _save_timings(config, timings, cache)
     return Plan(bytes(plan), _kinds(network), said.warnings)
 
@@ -87,15 +88,10 @@ def _refusal(parser: Any, said: Said, flavour: Flavour, origins: Mapping[str, st
     return (f"{flavour.name} does not take {first.node_operator()} {name}{comes}: {first.desc()}",)
 
 
-def _names_in(messages: list[str], origins: Mapping[str, str]) -> tuple[str, str | None]:
-    """The first message, and where the first of our nodes that any mentions comes from."""
-    words = messages[0] if messages else "it does not say why"
+def _origin_in(messages: list[str], origins: Mapping[str, str]) -> str | None:
+    """Where the first of our nodes that any message mentions comes from."""
     longest_first = sorted(origins, key=len, reverse=True)
-    for message in messages:
-        for name in longest_first:
-            if name in message:
-                return words, origins[name]
-    return words, None
+    return next((origins[name] for message in messages for name in longest_first if name in message), None)
 
 
 # Configuration

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ _RECORDED = 16  # CUDA graphs that are kept, the least recently used one first t
 class Opened:
     """A plan on a device. TensorRT's contexts are of one profile each, and of one thread; so are recorded calls."""
 
+    library: Any
     engine: Any
     runtime: Any  # lives as long as the engine
     contexts: dict[tuple[int, int], Any] = field(default_factory=dict)
@@ -143,10 +144,10 @@ class TensorRtEngine(Engine):
                     raise BackendError(f"the shape of output {name!r} depends on the data, which is not supported")
                 made[name] = torch.empty(shape, dtype=type.dtype, device="cuda")
             context.set_tensor_address(name, made[name].data_ptr() or _nothing().data_ptr())
-        with listening(self.flavour.module()) as said:
+        with listening(self.opened().library) as said:
             is_done = context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
-        if not is_done:
-            raise BackendError(f"{self.flavour.name} cannot run the engine: {_first(said.errors)}")
+        if not is_done or said.errors:  # a plugin's failure is not always the call's
+            raise BackendError(f"{self.flavour.name} cannot run the engine: {said.first}")
         return made
 
     def context_for(self, env: Mapping[str, int]) -> Any:
@@ -158,9 +159,12 @@ class TensorRtEngine(Engine):
             raise InputError(f"{sizes} fit no profile of the engine", hint=f"profiles: {self.profiles}")
         key = index, threading.get_ident()
         if key not in opened.contexts:
-            context = opened.engine.create_execution_context()
+            with listening(opened.library) as said:
+                context = opened.engine.create_execution_context()
             if context is None:
-                raise BackendError(f"{self.flavour.name} has no memory for a context: {self.device_bytes >> 20} MiB")
+                raise BackendError(
+                    f"{self.flavour.name} makes no context, which needs {self.device_bytes >> 20} MiB: {said.first}"
+                )
             context.set_optimization_profile_async(index, torch.cuda.current_stream().cuda_stream)
             torch.cuda.current_stream().synchronize()
             opened.contexts[key] = context
@@ -208,20 +212,16 @@ def _call_of(tensors: Mapping[str, Any]) -> Hashable:
 def opened_plan(flavour: Flavour, data: bytes, file: Path, built: str | None = None) -> Opened:
     """A plan's engine. BackendError if the plan is not for it, or not for this version; ``built``: the version that made it."""
     trt = flavour.module()
-    runtime = trt.Runtime(logger_of(trt))
     with listening(trt) as said:
+        runtime = trt.Runtime(logger_of(trt))
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise BackendError(
-            f"{flavour.name} {trt.__version__} does not open the plan: {_first(said.errors)}",
+            f"{flavour.name} {trt.__version__} does not open the plan: {said.first}",
             where=str(file),
             hint=f"it was built with {built}: compile again here" if built else None,
         )
-    return Opened(engine, runtime)
-
-
-def _first(errors: Sequence[str]) -> str:
-    return next(iter(errors), "it does not say why")
+    return Opened(trt, engine, runtime)
 
 
 def unrunnable(flavour: Flavour) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,15 +79,21 @@ def load_plugins(trt: Any, creators: Iterable[tuple[str, str]] = ()) -> None:
 
 @dataclass(eq=False)
 class Said:
-    """What a library said, by severity."""
+    """What a library said to one listener, by severity."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.errors), "it does not say why")
 
 
 @contextmanager
 def listening(trt: Any) -> Iterator[Said]:
-    """What the library says meanwhile; from its threads and its plugins too."""
+    """What the library and its plugins say meanwhile to this thread; what threads of the library's own say, every listener
+    hears."""
     heard, logger = Said(), logger_of(trt)
     logger.listeners.append(heard)
     try:
@@ -95,10 +102,18 @@ def listening(trt: Any) -> Iterator[Said]:
         logger.listeners.remove(heard)
 
 
-@functools.cache
 def logger_of(trt: Any) -> Any:
-    """The library's only logger, which lives as long as the process: the library and its plugins keep the first that they are
-    given, without owning it."""
+    """The library's only logger, which is never let go: the library and its plugins keep the first that they are given,
+    without owning it."""
+    with _LOCK:
+        return _logger_of(trt)
+
+
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def _logger_of(trt: Any) -> Any:
     severities = trt.ILogger.Severity
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -107,7 +122,8 @@ def logger_of(trt: Any) -> Any:
             self.listeners: list[Said] = []
 
         def log(self, severity: Any, message: str) -> None:
-            for heard in tuple(self.listeners):
+            listeners, thread = tuple(self.listeners), threading.get_ident()
+            for heard in [each for each in listeners if each.thread == thread] or listeners:
                 if severity in (severities.ERROR, severities.INTERNAL_ERROR):
                     heard.errors.append(message)
                 elif (
