@@ -91,7 +91,7 @@ class Attention:
     def _visible(self, e: Emitter, with_causal: bool) -> ir.Value | None:
         args = self.node.args
         parts: list[ir.Value] = []
-        key = functools.partial(self._positions, e, self.keys, "key")
+        key = functools.partial(e.numbers, self.keys)
         query = functools.partial(self._query_positions, e)
         if with_causal and self.causal != "none":
             parts.append(e.op("LessOrEqual", key(), query()))
@@ -123,15 +123,11 @@ class Attention:
             parts.append(e.op("Less", key(), e.op("Unsqueeze", lengths, e.constant(np.array([1, 2, 3], np.int64)))))
         return functools.reduce(lambda a, b: e.op("And", a, b), parts) if parts else None
 
-    def _positions(self, e: Emitter, count: Size, name: str) -> ir.Value:
-        zero, one = (e.constant(np.array(number, np.int64)) for number in (0, 1))
-        return e.once(("positions", name, count), lambda: e.op("Range", zero, e.scalar(count), one))
-
     def _query_positions(self, e: Emitter) -> ir.Value:
         """``[S, 1]``, or ``[B, 1, S, 1]`` where rows differ: where each query stands among the keys."""
 
         def make() -> ir.Value:
-            column = e.op("Unsqueeze", self._positions(e, self.queries, "query"), e.constant(np.array([1], np.int64)))
+            column = e.op("Unsqueeze", e.numbers(self.queries), e.constant(np.array([1], np.int64)))
             if starts is not None:
                 own = e.cast(e.value(starts), starts.type.dtype, torch.int64)
                 return e.op("Add", e.op("Unsqueeze", own, e.constant(np.array([1, 2, 3], np.int64))), column)

@@ -270,6 +270,10 @@ class Emitter:
             return self.constant(np.array(size, np.int64))
         return self.once(("scalar", size), lambda: self.op("Squeeze", self.size(size)))
 
+    def numbers(self, size: Size) -> ir.Value:
+        """0, 1 ... size - 1, int64."""
+        return self.once(("numbers", size), lambda: self.op("Range", self.scalar(0), self.scalar(size), self.scalar(1)))
+
     def attach(self, function: ir.Function) -> None:
         """Carry a model-local function that the nodes call."""
         self._functions[function.identifier()] = function

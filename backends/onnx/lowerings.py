@@ -317,8 +317,7 @@ def kept_tokens(e: Emitter, mask: Value) -> ir.Value:
     """``[B, S]``: the tokens that are packed, which are those of the mask and the first of every row."""
 
     def make() -> ir.Value:
-        zero, one = (e.constant(np.array(number, np.int64)) for number in (0, 1))
-        first = e.op("Equal", e.op("Range", zero, e.scalar(mask.type.shape[1]), one), zero)
+        first = e.op("Equal", e.numbers(mask.type.shape[1]), e.scalar(0))
         return e.op("Or", e.value(mask), first)
 
     return e.once(("kept tokens", mask.name), make)

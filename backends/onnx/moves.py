@@ -146,7 +146,9 @@ def _arange(e: Emitter, node: Node) -> Lowered:
     parts = [node.args[key] for key in ("start", "end", "step")]
     if any(isinstance(part, float) for part in parts):
         return e.op("Range", *(e.arg(part, _dtype(node)) for part in parts))
-    return e.cast(e.op("Range", *map(e.scalar, parts)), torch.int64, _dtype(node))
+    start, end, step = parts
+    numbers = e.numbers(end) if (start, step) == (0, 1) else e.op("Range", *map(e.scalar, parts))
+    return e.cast(numbers, torch.int64, _dtype(node))
 
 
 @lowers("aten.embedding")

@@ -123,10 +123,9 @@ def _same_chunk(e: Emitter, starts: Value, queries: Size, chunk: int, total: int
     """``[B, 1, S, total]``: whether query and key are of one chunk."""
 
     def make() -> ir.Value:
-        zero, one, length = (e.constant(np.array(number, np.int64)) for number in (0, 1, chunk))
         own = e.op("Unsqueeze", _counted(e, starts), e.constant(np.array([1, 2, 3], np.int64)))
-        column = e.op("Unsqueeze", e.op("Range", zero, e.scalar(queries), one), e.constant(np.array([1], np.int64)))
-        query = e.op("Div", e.op("Add", own, column), length)
+        column = e.op("Unsqueeze", e.numbers(queries), e.constant(np.array([1], np.int64)))
+        query = e.op("Div", e.op("Add", own, column), e.scalar(chunk))
         return e.op("Equal", query, e.constant(np.arange(total) // chunk))
 
     return e.once(("chunk", starts.name, queries, chunk), make)

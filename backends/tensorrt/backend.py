@@ -26,7 +26,7 @@ from graphopt.backends.tensorrt.options import Options, Profile, for_two_rows, p
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
-from graphopt.ir import Graph
+from graphopt.ir import Graph, TensorType
 from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
@@ -68,8 +68,7 @@ class TensorRtBackend(Backend):
             own = "0"
         device = None
         if self.options.split_sums and self.unrunnable() is None:
-            inputs = {name: value.type for name, value in graph.inputs.items()}
-            device = Device.here(profiles_of(inputs, graph.dims, self.options, layout_of(graph)))
+            device = Device.here(self._profiles(graph))
         padding = self.options.packed_padding if self.flavour.has_plugins else None
         quirks = quirks_in_force(self.name, own)
         dialect = tensorrt_dialect(
@@ -84,10 +83,9 @@ class TensorRtBackend(Backend):
                 where="target.options.split_sums",
                 hint="leave it out, or build on the device",
             )
-        inputs = {name: value.type for name, value in graph.inputs.items()}
-        profiles = profiles_of(inputs, graph.dims, self.options, layout_of(graph))
+        asked = self._profiles(graph)
         trt = self.flavour.module()  # before anything is written
-        profiles, widened = self._widened(graph, profiles)
+        profiles, widened = self._widened(graph, asked)
         if self.flavour.has_plugins and PACKED in graph.op_counts():
             load_plugins(trt, [CREATOR])
         emitter = self.emit(graph)
@@ -96,7 +94,9 @@ class TensorRtBackend(Backend):
         }
         with tempfile.TemporaryDirectory(dir=folder) as inside:
             written = write_model(emitter, Path(inside), progress)
-            plan = build_plan(self.flavour, Path(inside) / MODEL, inputs, profiles, self.options, origins, progress)
+            plan = build_plan(
+                self.flavour, Path(inside) / MODEL, _inputs(graph), profiles, self.options, origins, progress
+            )
         (folder / PLAN).write_bytes(plan.data)
         digest = hashlib.sha256(plan.data).hexdigest()
         kernels: dict[str, int] = {}
@@ -108,6 +108,9 @@ class TensorRtBackend(Backend):
         if kernels:
             warnings += check_kernels(kernels, _asked(graph, emitter), self.options.sparse_weights)
         return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels)
+
+    def _profiles(self, graph: Graph) -> list[Profile]:
+        return profiles_of(_inputs(graph), graph.dims, self.options, layout_of(graph))
 
     def _widened(self, graph: Graph, profiles: list[Profile]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
         """The profiles, expecting two rows of products that faults need two of; and where those are."""
@@ -153,6 +156,10 @@ class TensorRtRtxBackend(TensorRtBackend):
 
     name: ClassVar[str] = "tensorrt_rtx"
     flavour: ClassVar[Flavour] = RTX
+
+
+def _inputs(graph: Graph) -> dict[str, TensorType]:
+    return {name: value.type for name, value in graph.inputs.items()}
 
 
 def _asked(graph: Graph, emitter: Emitter) -> dict[str, int]:

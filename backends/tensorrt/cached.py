@@ -50,7 +50,7 @@ def _written(e: Emitter, update: Node) -> ir.Value:
 
     def places() -> tuple[ir.Value, ir.Value]:
         own = e.op("Unsqueeze", e.cast(e.value(starts), starts.type.dtype, torch.int64), e.vector([1, 2, 3]))
-        position = e.op("Unsqueeze", e.op("Range", e.scalar(0), e.scalar(length), e.scalar(1)), e.vector([0, 1, 3]))
+        position = e.op("Unsqueeze", e.numbers(length), e.vector([0, 1, 3]))
         row = e.op("Sub", position, own)  # [B, 1, M, 1]
         is_new = e.op("And", e.op("GreaterOrEqual", row, e.scalar(0)), e.op("Less", row, e.scalar(count)))
         last = e.op("Sub", e.scalar(count), e.scalar(1))

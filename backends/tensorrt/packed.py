@@ -25,7 +25,7 @@ def _tokens_first(e: Emitter, mask: Value) -> ir.Value:
     """Every row's number at the place where the row goes; padding goes behind all tokens, as many as there are before it."""
     count = mask.type.shape[0] * mask.type.shape[1]
     places = e.op("Reshape", _places(e, mask), e.vector((count,)))
-    numbers = e.op("Range", e.scalar(0), e.scalar(count), e.scalar(1))
+    numbers = e.numbers(count)
     # tokens up to and with this one are places + 1, so padding before this one is numbers - places - 1
     padding = e.op("Sub", e.op("Add", _tokens(e, mask), e.op("Sub", numbers, places)), e.scalar(1))
     return e.op("ScatterElements", numbers, e.op("Where", kept_rows(e, mask), places, padding), numbers, axis=0)
@@ -77,7 +77,7 @@ def _triangle(e: Emitter, size: Size, compare: str) -> ir.Value:
     """``[size, size]``, boolean: whether a column's number compares so with its row's."""
 
     def make() -> ir.Value:
-        numbers = e.op("Range", e.scalar(0), e.scalar(size), e.scalar(1))
+        numbers = e.numbers(size)
         return e.op(compare, numbers, e.op("Unsqueeze", numbers, e.vector([1])))
 
     return e.once(("triangle", size, compare), make)

@@ -159,4 +159,4 @@ def _ends(e: Emitter, mask: Value) -> ir.Value:
 
 def _longest(e: Emitter, mask: Value) -> ir.Value:
     """Some i32 tensor whose size says how long the longest text may be."""
-    return e.cast(e.op("Range", e.scalar(0), e.scalar(mask.type.shape[1]), e.scalar(1)), torch.int64, torch.int32)
+    return e.cast(e.numbers(mask.type.shape[1]), torch.int64, torch.int32)
