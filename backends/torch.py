@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from graphopt.backend import Backend, Built, Progress, no_progress
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.manifest import Manifest
+from graphopt.tensors import Weight
 from graphopt.text import parse
 
 WEIGHTS = "weights.safetensors"

@@ -45,9 +45,10 @@ from graphopt.backends.tensorrt.flavours import TENSORRT
 from graphopt.backends.tensorrt.inspection import kernels_of, layers_of
 from graphopt.dims import Dim
 from graphopt.errors import GraphoptError
-from graphopt.ir import Graph, TensorType
+from graphopt.ir import Graph
 from graphopt.runtime.engine import Engine
 from graphopt.sources import transformers_source
+from graphopt.tensors import TensorType
 
 #: Batch and sequence; and the shortest text, if they are of lengths from that on, evenly: half of (32, 384, 1) is padding.
 Shape = tuple[int, ...]

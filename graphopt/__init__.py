@@ -4,11 +4,12 @@ from graphopt.artifact import load
 from graphopt.compiler import Compiled, compile, compile_file, verify
 from graphopt.decode_parity import decode_parity
 from graphopt.errors import GraphoptError
-from graphopt.ir import DimRange, Graph
+from graphopt.ir import Graph
 from graphopt.models import load_model
 from graphopt.parity import compare
 from graphopt.runtime.engine import Engine
 from graphopt.sources import Source
+from graphopt.tensors import DimRange
 from graphopt.text import parse
 from graphopt.tracing import trace
 

@@ -14,9 +14,9 @@ from graphopt.backend import Progress, no_progress
 from graphopt.dims import Dim
 from graphopt.errors import PipelineError
 from graphopt.execution import bind_dims
-from graphopt.ir import DTYPE_NAMES
 from graphopt.probes import ragged_mask
 from graphopt.runtime.engine import Engine
+from graphopt.tensors import DTYPE_NAMES
 
 WARM_UPS = 3
 

@@ -19,7 +19,7 @@ from graphopt import artifact, attentions, models, operators
 from graphopt.backend import Backend, Built, Progress, backend_class, no_progress
 from graphopt.eager import eager, kept
 from graphopt.errors import BackendError, GraphError, MissingBackendError, ParityError, PipelineError, TracingError
-from graphopt.ir import DimRange, Graph
+from graphopt.ir import Graph
 from graphopt.models import load_model
 from graphopt.parity import Contract, Probe, bisect
 from graphopt.pipeline import (
@@ -41,6 +41,7 @@ from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig
 from graphopt.schemas.report import BuildReport, PassReport, StageParity
 from graphopt.sources import Source, transformers_source
+from graphopt.tensors import DimRange
 from graphopt.tracing import trace
 
 

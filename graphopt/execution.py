@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from graphopt import operators
 from graphopt.dims import Dim, evaluate, names_of, rest_of
 from graphopt.errors import InputError, nearest
-from graphopt.ir import DTYPE_NAMES, DimRange, Graph, Node, TensorType, Value, map_arg
+from graphopt.ir import Graph, Node, Value, map_arg, types_of
+from graphopt.tensors import DTYPE_NAMES, DimRange, TensorType
 
 Tap = Callable[[Value, Tensor], None]
 
@@ -84,7 +85,7 @@ class Run:
             name: (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
             for name, tensor in inputs.items()
         }
-        declared = {name: value.type for name, value in graph.inputs.items()}
+        declared = types_of(graph.inputs)
         self._graph, self._env = graph, bind_dims(declared, graph.dims, given)
         self._device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
         self.values: dict[Value, Tensor] = {graph.value(name): tensor for name, tensor in inputs.items()}

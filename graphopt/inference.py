@@ -18,7 +18,8 @@ from torch.utils._sympy import functions as sympy_functions
 from graphopt import operators
 from graphopt.dims import Dim, Size, floordiv, maximum, minimum, mod, names_of
 from graphopt.errors import GraphError
-from graphopt.ir import TensorType, Value, leaves, map_arg
+from graphopt.ir import Value, leaves, map_arg
+from graphopt.tensors import TensorType
 
 #: Sizes for the hints of symbolic inference: distinct, and larger than constants that occur as sizes in small graphs.
 _HINTS = (1009, 2003, 4001, 8009, 16001, 32003, 64007)

@@ -9,7 +9,8 @@ from graphopt import operators
 from graphopt.dims import Dim
 from graphopt.errors import GraphError, GraphoptError
 from graphopt.inference import rederive
-from graphopt.ir import DTYPE_NAMES, Graph, Value, leaves
+from graphopt.ir import Graph, Value, leaves
+from graphopt.tensors import DTYPE_NAMES
 
 
 def defined_before_use(graph: Graph) -> None:

@@ -13,43 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from graphopt import operators
-from graphopt.dims import Dim, Size, names_of
+from graphopt.dims import Dim
 from graphopt.errors import GraphError
+from graphopt.tensors import DimRange, TensorType, Weight
 
 if TYPE_CHECKING:
     import networkx as nx
 
     from graphopt.execution import GraphModule
-
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
-    torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
-    torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
-    torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2",
-}  # fmt: skip
-DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorType:
-    """Element type and shape: ``f32[batch, 2*sequence, 384]``."""
-
-    dtype: torch.dtype
-    shape: tuple[Size, ...]
-
-    def __str__(self) -> str:
-        return f"{DTYPE_NAMES[self.dtype]}[{', '.join(map(str, self.shape))}]"
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset().union(*(names_of(size) for size in self.shape))
-
-    def concrete(self, env: Mapping[str, int]) -> TensorType:
-        """The type with every named size replaced by its number."""
-        return TensorType(
-            self.dtype, tuple(size.evaluate(env) if isinstance(size, Dim) else size for size in self.shape)
-        )
 
 
 class Value:
@@ -63,6 +34,11 @@ class Value:
 
     def __repr__(self) -> str:
         return f"%{self.name}: {self.type}"
+
+
+def types_of(values: Mapping[str, Value]) -> dict[str, TensorType]:
+    """Of a graph's inputs or outputs, by name."""
+    return {name: value.type for name, value in values.items()}
 
 
 Arg: TypeAlias = "Value | Dim | int | float | bool | str | torch.dtype | tuple[Arg, ...] | None"
@@ -127,63 +103,6 @@ class Node:
         from graphopt.text import node_text
 
         return node_text(self)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Weight:
-    """A constant tensor, read only when asked for: a parameter, a buffer, a lifted or folded constant."""
-
-    type: TensorType
-    load: Callable[[], torch.Tensor]
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> Weight:
-        """A weight that refers to a tensor, without a copy."""
-        tensor = tensor.detach()
-        return Weight(TensorType(tensor.dtype, tuple(tensor.shape)), lambda: tensor)
-
-    @staticmethod
-    def from_safetensors(path: str, key: str) -> Weight:
-        """A weight that stays on disk until it is asked for."""
-        from safetensors import safe_open
-
-        def load() -> torch.Tensor:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(key)
-            return tensor
-
-        with safe_open(path, framework="pt") as file:
-            part = file.get_slice(key)
-            dtype = _SAFETENSORS_DTYPES[part.get_dtype()]
-            return Weight(TensorType(dtype, tuple(part.get_shape())), load)
-
-    @property
-    def nbytes(self) -> int:
-        count = self.type.dtype.itemsize
-        for size in self.type.shape:
-            count *= int(size)  # type: ignore[arg-type]  # weights have constant sizes
-        return count
-
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class DimRange:
-    """The sizes a named dimension may take, both ends included; ``max`` None is no bound."""
-
-    min: int = 1
-    max: int | None = None
-
-    def __str__(self) -> str:
-        return f"[{self.min}, {'...' if self.max is None else self.max}]"
-
-    def __contains__(self, size: object) -> bool:
-        return isinstance(size, int) and size >= self.min and (self.max is None or size <= self.max)
 
 
 _GAP = 1 << 20  # room between the positions of neighbours

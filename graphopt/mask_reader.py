@@ -35,7 +35,8 @@ from graphopt.conditions import (
     within,
 )
 from graphopt.dims import Dim, Size, floordiv
-from graphopt.ir import Graph, Node, Value, Weight
+from graphopt.ir import Graph, Node, Value
+from graphopt.tensors import Weight
 
 
 class Unreadable(Exception):

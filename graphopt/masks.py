@@ -39,8 +39,9 @@ from graphopt.conditions import (
     positions,
 )
 from graphopt.dims import Call, Dim, Size
-from graphopt.ir import DimRange, Graph, Value
+from graphopt.ir import Graph, Value
 from graphopt.mask_reader import Reader, Unreadable, number_of
+from graphopt.tensors import DimRange
 
 
 @dataclass(frozen=True)

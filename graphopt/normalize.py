@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.dims import Size
-from graphopt.ir import TensorType, Value
+from graphopt.ir import Value
+from graphopt.tensors import TensorType
 
 INT_MAX = 2**63 - 1
 

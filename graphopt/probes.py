@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from graphopt.ir import DimRange
 from graphopt.parity import Probe
+from graphopt.tensors import DimRange
 
 #: Makes the inputs for given sizes, with a generator for whatever is random.
 Sampler: TypeAlias = Callable[[dict[str, int], torch.Generator], dict[str, Tensor]]

@@ -25,8 +25,9 @@ from typing import Any
 from graphopt import operators
 from graphopt.dims import Size
 from graphopt.errors import RewriteError
-from graphopt.ir import Graph, Node, Value, Weight
+from graphopt.ir import Graph, Node, Value
 from graphopt.patterns import Found, Item, Ops, holes_of, match, root_packets, watching
+from graphopt.tensors import Weight
 
 
 class Refusal(Exception):

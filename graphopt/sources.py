@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import ModelError
-from graphopt.ir import DimRange
 from graphopt.probes import Sampler, is_mask, sampler_like
+from graphopt.tensors import DimRange
 
 
 @dataclass

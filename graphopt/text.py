@@ -27,7 +27,8 @@ import torch
 from graphopt import operators
 from graphopt.dims import Dim
 from graphopt.errors import GraphError, ParseError
-from graphopt.ir import DTYPE_NAMES, DTYPES, DimRange, Graph, Node, TensorType, Value, Weight
+from graphopt.ir import Graph, Node, Value
+from graphopt.tensors import DTYPE_NAMES, DTYPES, DimRange, TensorType, Weight
 
 
 def arg_text(arg: Any) -> str:

@@ -26,9 +26,10 @@ from graphopt.dims import Dim, Size
 from graphopt.eager import path_name
 from graphopt.errors import GraphError, TracingError
 from graphopt.inference import infer, silent_logging, size_from_torch
-from graphopt.ir import DimRange, Graph, TensorType, Value, Weight, map_arg
+from graphopt.ir import Graph, Value, map_arg
 from graphopt.normalize import is_assertion, normalize
 from graphopt.scalars import size_of
+from graphopt.tensors import DimRange, TensorType, Weight
 from graphopt.text import RESERVED
 
 Axes: TypeAlias = "Mapping[str, Sequence[str | None]]"

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from graphopt import attentions
 from graphopt.calibration import Tapped
-from graphopt.ir import Graph, Node, Value, Weight
+from graphopt.ir import Graph, Node, Value
 from graphopt.passes.quantized_weights import LEVELS
 from graphopt.pipeline import Context
 from graphopt.schemas.calibration import Calibration
+from graphopt.tensors import Weight
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _ORIGIN = "insert_kv_cache"

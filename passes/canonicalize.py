@@ -18,12 +18,13 @@ import torch
 
 from graphopt import operators
 from graphopt.execution import run
-from graphopt.ir import Graph, Node, TensorType, Value, Weight, leaves
+from graphopt.ir import Graph, Node, Value, leaves
 from graphopt.normalize import normalize
 from graphopt.passes.moves import MOVES, same_type
 from graphopt.patterns import Hole, Ops, TensorHole
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Build, Match, RewriteLog, Rule, applies, apply_rules, require
+from graphopt.tensors import TensorType, Weight
 
 
 class DropAddZero(Rule):

@@ -20,13 +20,14 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from graphopt.errors import PassError, nearest
-from graphopt.ir import Graph, Node, TensorType, Value, Weight, leaves, map_arg
+from graphopt.ir import Graph, Node, Value, leaves, map_arg
 from graphopt.parity import Contract
 from graphopt.passes.quantized_weights import matches
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import RewriteLog
 from graphopt.schemas.pipeline import Budget
 from graphopt.schemas.report import LayerPrecision
+from graphopt.tensors import TensorType, Weight
 
 _LOW = frozenset({
     "aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum", "aten.conv1d",

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from graphopt.errors import GraphError
-from graphopt.ir import Graph, Node, TensorType, Value, Weight, leaves, map_arg
+from graphopt.ir import Graph, Node, Value, leaves, map_arg
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Build, RewriteLog
+from graphopt.tensors import TensorType, Weight
 
 Pair: TypeAlias = "tuple[Any, Any]"
 #: Ops that do the same to both parts.

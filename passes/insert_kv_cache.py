@@ -35,7 +35,7 @@ from graphopt import attentions
 from graphopt.dims import Dim, Size, names_of
 from graphopt.errors import GraphError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, Node, TensorType, Value, map_arg
+from graphopt.ir import Graph, Node, Value, map_arg
 from graphopt.parity import Contract
 from graphopt.passes.cache_dtype import DTYPES, Kept, calibrated
 from graphopt.passes.last_token import LastToken
@@ -47,6 +47,7 @@ from graphopt.rewrite import RewriteLog
 from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, past_name, present_name, window_length
 from graphopt.schemas.calibration import Calibration
 from graphopt.schemas.pipeline import Budget, Exact
+from graphopt.tensors import DimRange, TensorType
 
 _ORIGIN = ("insert_kv_cache",)
 #: Ops whose result at a position depends on other positions.

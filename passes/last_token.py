@@ -17,9 +17,10 @@ import torch
 
 from graphopt.dims import Dim
 from graphopt.errors import GraphError
-from graphopt.ir import Graph, Node, TensorType, Value, map_arg
+from graphopt.ir import Graph, Node, Value, map_arg
 from graphopt.passes.tails import ELEMENTWISE
 from graphopt.runtime.cache import LOGITS, NEW_LENGTHS
+from graphopt.tensors import TensorType
 
 _ORIGIN = ("insert_kv_cache",)
 _TOKENWISE = ELEMENTWISE | {

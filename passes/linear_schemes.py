@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.dims import Size
-from graphopt.ir import Graph, Node, Value, Weight
+from graphopt.ir import Graph, Node, Value
 from graphopt.ops.quantization import FP8, unpacked
 from graphopt.passes.quantized_weights import (
     FP8_LARGEST,
@@ -25,6 +25,7 @@ from graphopt.passes.quantized_weights import (
 )
 from graphopt.passes.rounding import Grid
 from graphopt.schemas.quantization import Treatment
+from graphopt.tensors import Weight
 
 _ORIGIN = "quantize"
 _PACKED = ("weight_only", "nf4")

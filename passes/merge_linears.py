@@ -20,9 +20,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from graphopt.ir import Graph, Node, TensorType, Value, Weight
+from graphopt.ir import Graph, Node, Value
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import Refused, RewriteLog
+from graphopt.tensors import TensorType, Weight
 
 
 class MergeLinears(Pass):

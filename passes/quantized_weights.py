@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from graphopt.dims import Size
 from graphopt.errors import PassError, nearest
-from graphopt.ir import Graph, Node, TensorType, Value, Weight
+from graphopt.ir import Graph, Node, Value
 from graphopt.ops.quantization import FP8
 from graphopt.passes.rounding import Grid, grid_of, pack
 from graphopt.pipeline import Context
 from graphopt.schemas.quantization import Treatment
+from graphopt.tensors import TensorType, Weight
 
 LEVELS = 127
 REDUCED_LEVELS = 63

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graphopt.ir import Graph, Node, Value, Weight, map_arg
+from graphopt.ir import Graph, Node, Value, map_arg
 from graphopt.passes.quantized_weights import LEVELS, is_linear, matches, module_of, refuse_unknown, row_scale
 from graphopt.pipeline import Context
+from graphopt.tensors import Weight
 
 _NORMS = frozenset({"aten.rms_norm", "aten.layer_norm", "graphopt.add_rms_norm", "graphopt.add_layer_norm"})
 LOOKUP = "aten.embedding.default"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.dims import Dim, Size, evaluate, names_of
-from graphopt.ir import Graph, Node, TensorType, Value, leaves, map_arg
+from graphopt.ir import Graph, Node, Value, leaves, map_arg
+from graphopt.tensors import TensorType
 
 #: Ops whose result at a position depends on their operands at that position.
 ELEMENTWISE = frozenset(

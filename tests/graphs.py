@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphopt.dims import Dim, Size, evaluate
-from graphopt.ir import DimRange, Graph, TensorType, Value, Weight
+from graphopt.ir import Graph, Value
+from graphopt.tensors import DimRange, TensorType, Weight
 from graphopt.text import parse
 
 Evaluate = Callable[[Mapping[str, Tensor]], Tensor]

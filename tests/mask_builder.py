@@ -13,8 +13,9 @@ from graphopt import operators
 from graphopt.dims import Dim, Size, evaluate, names_of
 from graphopt.execution import run
 from graphopt.inference import rederive
-from graphopt.ir import DimRange, Graph, TensorType, Value, Weight, leaves
+from graphopt.ir import Graph, Value, leaves
 from graphopt.masks import Keys, Mask, Unproven, prove
+from graphopt.tensors import DimRange, TensorType, Weight
 
 LOWEST = torch.finfo(torch.float32).min
 LOWEST_HALF = torch.finfo(torch.float16).min

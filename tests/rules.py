@@ -19,9 +19,10 @@ from graphopt import attentions
 from graphopt.dims import Dim
 from graphopt.execution import run
 from graphopt.inference import infer
-from graphopt.ir import Graph, TensorType
+from graphopt.ir import Graph
 from graphopt.pipeline import Context, Pass, diff_text, load_passes, run_passes
 from graphopt.rewrite import Rule, apply_rules
+from graphopt.tensors import TensorType
 from graphopt.text import parse, parse_type
 
 #: The traced size, one that is not nice, and the smallest.

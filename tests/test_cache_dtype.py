@@ -27,7 +27,7 @@ from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, make_session
 from graphopt.compiler import make_proof
 from graphopt.errors import CalibrationError, LoweringError, ParityError, PipelineError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, TensorType, Weight
+from graphopt.ir import Graph
 from graphopt.ops import SHAPES
 from graphopt.passes.fuse_cached_attention import (
     FuseCachedAttentions,
@@ -42,6 +42,7 @@ from graphopt.runtime.decoder import Decoder
 from graphopt.schemas.pipeline import Budget, Exact
 from graphopt.schemas.report import PassReport
 from graphopt.sources import Source, transformers_source
+from graphopt.tensors import DimRange, TensorType, Weight
 from graphopt.text import parse
 from tests.onnx_helpers import ONNXRUNTIME, emit
 from tests.rules import (

@@ -15,7 +15,8 @@ from graphopt.backends.onnxruntime.engine import make_session
 from graphopt.dims import Dim, Size
 from graphopt.errors import LoweringError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, TensorType
+from graphopt.ir import Graph
+from graphopt.tensors import DimRange, TensorType
 from tests.onnx_helpers import ONNXRUNTIME, emit, run_onnxruntime, run_reference
 
 B, S = (Dim.named(name) for name in ("batch", "sequence"))

@@ -29,12 +29,13 @@ from graphopt.calibration import Tapped, calibrate
 from graphopt.calibration.data import batches, digest
 from graphopt.errors import CalibrationError, EngineError
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.parity import Probe
 from graphopt.passes.insert_kv_cache import InsertKvCache
 from graphopt.pipeline import Context, load_passes, run_passes
 from graphopt.schemas.calibration import Calibration
 from graphopt.sources import Source, transformers_source
+from graphopt.tensors import Weight
 from tests.test_generation import bytes_tokenizer
 from tests.tiny import tiny_bert
 

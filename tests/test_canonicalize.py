@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from graphopt.errors import NoMatchError
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.passes.canonicalize import (
     Canonicalize,
     DropAddZero,
@@ -21,6 +21,7 @@ from graphopt.passes.canonicalize import (
 )
 from graphopt.pipeline import run_passes
 from graphopt.rewrite import Rule
+from graphopt.tensors import Weight
 from graphopt.text import parse
 from tests.rules import (
     DIMS,

@@ -17,11 +17,12 @@ import graphopt
 from graphopt.compiler import make_proof
 from graphopt.errors import NoMatchError, PassError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, Weight
+from graphopt.ir import Graph
 from graphopt.passes.cast import Cast
 from graphopt.pipeline import Context, Proof, load_passes, run_passes
 from graphopt.schemas.report import PassReport
 from graphopt.sources import Source, transformers_source
+from graphopt.tensors import DimRange, Weight
 from tests.rules import apply_pass, assert_idempotent, difference, program, read
 from tests.test_generation import llama
 from tests.tiny import tiny_bert, tiny_llama

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphopt.backends.onnx.convolutions import CONVOLUTIONS
 from graphopt.dims import Dim
 from graphopt.errors import TracingError
-from graphopt.ir import TensorType
+from graphopt.tensors import TensorType
 from graphopt.tracing import trace
 from tests.onnx_helpers import ONNXRUNTIME, assert_same, check_everywhere, emit, run_onnxruntime
 from tests.test_lowerings import F32, B, S, graph_of

@@ -11,10 +11,11 @@ import graphopt
 from graphopt.compiler import make_proof
 from graphopt.errors import NoMatchError, PassError
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.passes.equalize_weights import EqualizeWeights
 from graphopt.passes.rescaling import evening
 from graphopt.pipeline import Context, load_passes, run_passes
+from graphopt.tensors import Weight
 from tests.rules import apply_pass, program, read
 from tests.tiny import tiny_llama
 

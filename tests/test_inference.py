@@ -14,7 +14,8 @@ from graphopt.dims import Dim, evaluate, maximum
 from graphopt.errors import GraphError
 from graphopt.execution import run
 from graphopt.inference import from_sympy, infer, rederive
-from graphopt.ir import TensorType, Value
+from graphopt.ir import Value
+from graphopt.tensors import TensorType
 from graphopt.text import parse_type
 from tests.graphs import Case, cases
 

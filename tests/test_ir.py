@@ -17,7 +17,8 @@ from graphopt.dims import Dim
 from graphopt.errors import GraphError, InputError
 from graphopt.execution import run
 from graphopt.invariants import CHECKS
-from graphopt.ir import DimRange, Graph, Node, TensorType, Value, Weight, leaves, map_arg
+from graphopt.ir import Graph, Node, Value, leaves, map_arg
+from graphopt.tensors import DimRange, TensorType, Weight
 from tests.graphs import Case, cases, graph_of
 
 s = Dim.named("s")

@@ -16,7 +16,8 @@ from graphopt.backends.onnx.lowerings import LOWERINGS
 from graphopt.backends.onnx.moves import MOVES
 from graphopt.dims import Dim
 from graphopt.errors import LoweringError
-from graphopt.ir import DimRange, Graph, TensorType, Weight
+from graphopt.ir import Graph
+from graphopt.tensors import DimRange, TensorType, Weight
 from tests.onnx_helpers import ONNXRUNTIME, assert_same, check_everywhere, emit, run_onnxruntime
 
 B, S = Dim.named("batch"), Dim.named("sequence")

@@ -9,9 +9,10 @@ import torch
 
 from graphopt.errors import NoMatchError
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.passes.merge_linears import MergeLinears
 from graphopt.pipeline import Context, run_passes
+from graphopt.tensors import Weight
 from tests.rules import (
     SIZES,
     Applied,

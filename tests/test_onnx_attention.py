@@ -19,8 +19,9 @@ from graphopt.backends.onnxruntime.tactics import single_op
 from graphopt.dims import Dim, Size
 from graphopt.errors import LoweringError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, TensorType, Value, Weight
+from graphopt.ir import Graph, Value
 from graphopt.ops import visible_keys
+from graphopt.tensors import DimRange, TensorType, Weight
 from tests.onnx_helpers import ONNXRUNTIME, check_everywhere, emit, run_onnxruntime, run_reference
 
 B, S, T = (Dim.named(name) for name in ("batch", "sequence", "keys"))

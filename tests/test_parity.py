@@ -17,12 +17,12 @@ from torch.nn import functional
 
 from graphopt.errors import ParityError
 from graphopt.execution import run
-from graphopt.ir import DimRange
 from graphopt.parity import Probe, bisect, compare, describe, judge, select
 from graphopt.pipeline import Proof
 from graphopt.probes import is_mask, make_probes, ragged_mask, sampler_like
 from graphopt.schemas.pipeline import Budget, Exact, Metric
 from graphopt.schemas.report import OutputParity
+from graphopt.tensors import DimRange
 from tests.graphs import graph_of
 
 inf, nan = math.inf, math.nan

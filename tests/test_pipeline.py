@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from graphopt.errors import GraphError, NoMatchError, ParityError, PipelineError
-from graphopt.ir import Graph, TensorType, Value, Weight
+from graphopt.ir import Graph, Value
 from graphopt.parity import Contract, Probe
 from graphopt.passes.canonicalize import Canonicalize
 from graphopt.passes.fuse_activation import FuseActivation
@@ -31,6 +31,7 @@ from graphopt.pipeline import (
 from graphopt.rewrite import Build, Match, Refused, RewriteLog, Rule, require
 from graphopt.schemas.pipeline import Budget
 from graphopt.schemas.report import PassReport, RefusalReport
+from graphopt.tensors import TensorType, Weight
 from tests.graphs import graph_of
 
 BODY = """

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.ir import DimRange
 from graphopt.probes import make_probes, ragged_mask, sampler_like
+from graphopt.tensors import DimRange
 
 SIZES = {"batch": 16, "sequence": 9}
 TOKENS = ("batch", "sequence")

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.errors import CalibrationError, PassError, PipelineError
 from graphopt.execution import run
-from graphopt.ir import Graph, TensorType, Weight
+from graphopt.ir import Graph
 from graphopt.ops.quantization import unpacked
 from graphopt.passes.quantize import LARGE, Quantize
 from graphopt.passes.quantized_weights import Packing, Parts, nearest_groups, quantized_rows
 from graphopt.pipeline import Context, load_passes, run_passes
 from graphopt.schemas.report import LayerPrecision, PassReport
 from graphopt.sources import Source, transformers_source
+from graphopt.tensors import TensorType, Weight
 from tests.onnx_helpers import ONNXRUNTIME, emit, run_onnxruntime, run_reference
 from tests.rules import Applied, apply_pass, difference, inputs_of, load, pass_on, program, read
 from tests.test_generation import llama

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import PipelineError
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.ops.quantization import unpacked
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.quantized_weights import NF4
@@ -23,6 +23,7 @@ from graphopt.passes.rounding import gptq, grid_of
 from graphopt.pipeline import Context, load_passes, run_passes
 from graphopt.schemas.report import LayerPrecision, PassReport
 from graphopt.sources import Source
+from graphopt.tensors import Weight
 from tests.onnx_helpers import ONNXRUNTIME, emit, run_onnxruntime, run_reference
 from tests.rules import difference, inputs_of, load, program, read
 from tests.test_quantize import BEFORE, GATE, HEAD, OUTPUTS, SIZES, TABLE, TIED, UP, assert_relative, by_groups, by_rows

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from graphopt.dims import Dim, Size, names_of
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, TensorType, Weight
+from graphopt.ir import Graph
 from graphopt.ops import SHAPES
 from graphopt.ops.quantization import FP8, unpacked
+from graphopt.tensors import DimRange, TensorType, Weight
 from tests.onnx_helpers import ONNXRUNTIME, check_everywhere, emit, run_onnxruntime, run_reference
 
 OPS: Any = torch.ops.graphopt

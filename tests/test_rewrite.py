@@ -10,9 +10,10 @@ import torch
 
 from graphopt.errors import GraphError, RewriteError
 from graphopt.execution import run
-from graphopt.ir import Graph, Value, Weight
+from graphopt.ir import Graph, Value
 from graphopt.patterns import Hole, NumberHole, Ops, TensorHole
 from graphopt.rewrite import Build, Match, Refused, RewriteLog, Rule, applies, apply_rules, near_miss, require
+from graphopt.tensors import Weight
 from tests.graphs import graph_of
 
 

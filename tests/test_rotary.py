@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.passes.rotary import ROTARY, FusePairs, FusePartialRotary, FuseRotary, are_equal
 from graphopt.pipeline import load_passes, run_passes
+from graphopt.tensors import Weight
 from tests.rules import (
     DIMS,
     apply,

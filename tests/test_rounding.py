@@ -16,11 +16,12 @@ from torch import Tensor
 
 from graphopt.errors import PassError
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.ops.quantization import unpacked
 from graphopt.passes import quantize as quantize_module
 from graphopt.passes.quantized_weights import NF4, Packing, nearest_groups, nf4_groups
 from graphopt.passes.rounding import Grid, gptq, grid_of, pack
+from graphopt.tensors import Weight
 from tests.rules import load, program, read
 from tests.test_quantize import BEFORE, TABLE, TIED
 from tests.test_quantize_schemes import DATA, DEEP, IDS, OPTIONS, OUTLIERS, applied, by_moment, by_row, tokens

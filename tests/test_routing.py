@@ -17,7 +17,8 @@ from graphopt.backends.onnx.dialects import STANDARD
 from graphopt.backends.onnx.routing import ROUTING
 from graphopt.errors import LoweringError, TracingError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, TensorType, Weight
+from graphopt.ir import Graph
+from graphopt.tensors import DimRange, TensorType, Weight
 from graphopt.tracing import trace
 from tests.onnx_helpers import ONNXRUNTIME, assert_same, check_everywhere, emit, run_onnxruntime, run_reference
 from tests.test_lowerings import F32, I64, B, S, graph_of

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from graphopt.dims import Dim, Size, evaluate, floordiv, maximum, minimum
 from graphopt.errors import TracingError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, TensorType, Value, Weight
+from graphopt.ir import Graph, Value
 from graphopt.scalars import size_of
+from graphopt.tensors import DimRange, TensorType, Weight
 from graphopt.tracing import trace
 from tests.onnx_helpers import check_everywhere
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.errors import CalibrationError, NoMatchError, PipelineError
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.passes.quantize import Quantize
 from graphopt.passes.rescaling import smoothing
 from graphopt.passes.smooth_activations import SmoothActivations
@@ -22,6 +22,7 @@ from graphopt.pipeline import Context, load_passes, run_passes
 from graphopt.schemas.calibration import Calibration
 from graphopt.schemas.report import PassReport
 from graphopt.sources import Source
+from graphopt.tensors import Weight
 from tests.rules import difference, inputs_of, load, program, read
 from tests.tiny import tiny_bert, tiny_llama
 

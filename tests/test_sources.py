@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from graphopt.compiler import make_proof
 from graphopt.errors import ModelError
-from graphopt.ir import DimRange, Graph
+from graphopt.ir import Graph
 from graphopt.probes import sampler_like
 from graphopt.schemas.pipeline import Exact
 from graphopt.sources import Source, transformers_source
+from graphopt.tensors import DimRange
 from graphopt.tracing import trace
 
 TEXT: dict[str, Any] = {

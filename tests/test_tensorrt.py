@@ -35,10 +35,11 @@ from graphopt.backends.tensorrt.options import (
 )
 from graphopt.dims import Dim
 from graphopt.errors import MissingBackendError, PipelineError
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph, types_of
 from graphopt.runtime.cache import CacheLayout
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.sources import Source
+from graphopt.tensors import Weight
 from tests.onnx_helpers import assert_same, emit, run_onnxruntime, run_reference
 from tests.rules import inputs_of, load, program
 
@@ -215,7 +216,7 @@ BERT = "input %x: i64[batch, sequence]\n    input %past: f32[batch, 3, sequence 
 
 
 def found_in(graph: Graph, options: Options) -> list[Profile]:
-    return profiles_of({name: value.type for name, value in graph.inputs.items()}, graph.dims, options)
+    return profiles_of(types_of(graph.inputs), graph.dims, options)
 
 
 def test_a_profile_for_each_expected_shape_and_one_for_all() -> None:
@@ -238,7 +239,7 @@ def test_profiles_need_not_take_all_largest_sizes_at_once() -> None:
 def test_profiles_of_windows_end_where_their_buffers_do() -> None:
     """What is made of dims may be given back."""
     graph = load(program(TOKENS + "    " + BERT))
-    inputs = {name: value.type for name, value in graph.inputs.items()}
+    inputs = types_of(graph.inputs)
     layout = cast(CacheLayout, SimpleNamespace(max_length=64, window=16, sequence="sequence"))
     made = profiles_of(inputs, graph.dims, Options(), layout)
     assert made[-1]["sequence"][2] == 16
@@ -441,7 +442,7 @@ def test_the_product_in_half_precision_is_of_what_was_quantized(sizes: Mapping[s
 
 def test_onnxruntimes_providers_are_told_the_sizes() -> None:
     graph = graph_of(NORM)
-    inputs = {name: value.type for name, value in graph.inputs.items()}
+    inputs = types_of(graph.inputs)
     assert shape_options("cpu", inputs, graph.dims) == {}
     assert shape_options("tensorrt", inputs, graph.dims) == {
         "trt_profile_min_shapes": "x:1x1x8,r:1x1x8",

@@ -26,11 +26,12 @@ from graphopt.backends.tensorrt.options import Options, PackedPadding
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.errors import BackendError, LoweringError, PipelineError
 from graphopt.execution import run
-from graphopt.ir import Graph, Weight
+from graphopt.ir import Graph
 from graphopt.passes.remove_padding import RemovePadding
 from graphopt.pipeline import run_passes
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
+from graphopt.tensors import Weight
 from tests.onnx_helpers import emit
 from tests.rules import inputs_of, load, program
 from tests.test_tensorrt_logger import TalkingLibrary

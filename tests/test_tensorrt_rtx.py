@@ -23,6 +23,7 @@ from graphopt.backends.tensorrt.flavours import RTX, parsed_ops
 from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Options, profiles_of
 from graphopt.errors import BackendError, PipelineError
+from graphopt.ir import types_of
 from graphopt.sources import Source, transformers_source
 from graphopt.tracing import trace
 
@@ -142,7 +143,7 @@ def test_a_linear_in_parts_builds(tmp_path: Path) -> None:
     module = torch.nn.Linear(2048, 64).eval().half()
     axes = {"input": ("batch", "sequence", None)}
     graph = trace(module, {"input": torch.ones(2, 8, 2048).half()}, axes, DIMS)
-    inputs = {name: value.type for name, value in graph.inputs.items()}
+    inputs = types_of(graph.inputs)
     profiles = profiles_of(inputs, graph.dims, Options())
     emitter = Emitter(graph, tensorrt_dialect(parsed_ops(RTX), device=Device(132, profiles)))
     assert emitter.used_forms == {"parts": 1}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from graphopt.dims import Dim, maximum
 from graphopt.errors import GraphError, ParseError
 from graphopt.execution import run
-from graphopt.ir import DTYPES, DimRange, Graph, TensorType, Weight
+from graphopt.ir import Graph
+from graphopt.tensors import DTYPES, DimRange, TensorType, Weight
 from graphopt.text import arg_text, parse, parse_type
 from tests.graphs import Case, cases, graph_of
 

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from graphopt.eager import eager, kept, path_name
 from graphopt.errors import GraphoptError, TracingError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph
+from graphopt.ir import Graph
+from graphopt.tensors import DimRange
 from graphopt.text import parse
 from graphopt.tracing import Axes, source_line, trace
 

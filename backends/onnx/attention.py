@@ -15,7 +15,8 @@ import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Reshaped, Unsupported
 from graphopt.dims import Size
-from graphopt.ir import Node, TensorType, Value
+from graphopt.ir import Node, Value
+from graphopt.tensors import TensorType
 
 
 class Attention:

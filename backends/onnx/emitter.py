@@ -19,7 +19,8 @@ import torch
 from graphopt.backends.quirks import Quirk
 from graphopt.dims import Call, Dim, Size, names_of, rest_of
 from graphopt.errors import LoweringError
-from graphopt.ir import Graph, Node, TensorType, Value, Weight
+from graphopt.ir import Graph, Node, Value
+from graphopt.tensors import TensorType, Weight
 
 DTYPES: dict[torch.dtype, ir.DataType] = {
     torch.float32: ir.DataType.FLOAT, torch.float64: ir.DataType.DOUBLE, torch.float16: ir.DataType.FLOAT16,

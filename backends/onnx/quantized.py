@@ -8,7 +8,8 @@ import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Table, Unsupported
 from graphopt.dims import Dim
-from graphopt.ir import Node, TensorType, Value, Weight
+from graphopt.ir import Node, Value
+from graphopt.tensors import TensorType, Weight
 
 QUANTIZED = Table()
 lowers = QUANTIZED.lowers

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.backends.onnx.emitter import PLAIN, Emitter
-from graphopt.ir import Weight
+from graphopt.tensors import Weight
 
 ALIGNMENT = 4096  # so that a reader can map the file into memory
 INLINE = 1024  # bytes; readers infer shapes from small tensors, and do not look into the file for it

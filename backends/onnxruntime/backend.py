@@ -24,7 +24,7 @@ from graphopt.backends.quirks import faults_in_force
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, parsed_ops
 from graphopt.errors import BackendError, PipelineError
-from graphopt.ir import Graph, Node
+from graphopt.ir import Graph, Node, types_of
 from graphopt.models import cache_folder
 from graphopt.pipeline import Stopwatch
 from graphopt.runtime.cache import layout_of
@@ -151,7 +151,7 @@ class OnnxRuntimeBackend(Backend):
     ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
         emitter = Emitter(graph, self.dialect, self._tuner.choose if self._tuner else lambda node: None, show=names)
         embed(emitter)
-        inputs = {name: value.type for name, value in graph.inputs.items()}
+        inputs = types_of(graph.inputs)
         options = {**shape_options(self.target.provider, inputs, graph.dims), **self.options.provider_options}
         session = make_session(
             ir.to_proto(emitter.model).SerializeToString(),

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from graphopt.errors import BackendError
 from graphopt.execution import bind_dims
-from graphopt.ir import TensorType
 from graphopt.runtime.cache import NEW_LENGTHS, CacheLayout
 from graphopt.runtime.engine import signature
 from graphopt.runtime.kv_cache import KvCache
+from graphopt.tensors import TensorType
 
 if TYPE_CHECKING:
     from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine

@@ -13,11 +13,11 @@ from graphopt.backend import missing
 from graphopt.backends.onnxruntime.bound_cache import BoundCache, running
 from graphopt.backends.tensorrt.options import Options, profiles_of, shapes_in
 from graphopt.errors import BackendError, MissingBackendError
-from graphopt.ir import DimRange, TensorType
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import Engine, to_numpy, to_torch
 from graphopt.runtime.kv_cache import KvCache
 from graphopt.schemas.manifest import Manifest
+from graphopt.tensors import DimRange, TensorType
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",

@@ -27,10 +27,11 @@ from graphopt.backends.onnxruntime.engine import make_session, onnxruntime
 from graphopt.dims import Dim
 from graphopt.errors import BackendError, LoweringError
 from graphopt.execution import run
-from graphopt.ir import DimRange, Graph, Node, TensorType, Value, map_arg
+from graphopt.ir import Graph, Node, Value, map_arg
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import to_numpy, to_torch
 from graphopt.schemas.report import TacticReport
+from graphopt.tensors import DimRange, TensorType
 from graphopt.text import arg_text
 
 ROUNDS = 15  # timed runs of each candidate at each size, taken in turns

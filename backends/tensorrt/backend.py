@@ -26,7 +26,7 @@ from graphopt.backends.tensorrt.options import Options, Profile, for_two_rows, p
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
-from graphopt.ir import Graph, TensorType
+from graphopt.ir import Graph, types_of
 from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
@@ -95,7 +95,7 @@ class TensorRtBackend(Backend):
         with tempfile.TemporaryDirectory(dir=folder) as inside:
             written = write_model(emitter, Path(inside), progress)
             plan = build_plan(
-                self.flavour, Path(inside) / MODEL, _inputs(graph), profiles, self.options, origins, progress
+                self.flavour, Path(inside) / MODEL, types_of(graph.inputs), profiles, self.options, origins, progress
             )
         (folder / PLAN).write_bytes(plan.data)
         digest = hashlib.sha256(plan.data).hexdigest()
@@ -110,7 +110,7 @@ class TensorRtBackend(Backend):
         return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels)
 
     def _profiles(self, graph: Graph) -> list[Profile]:
-        return profiles_of(_inputs(graph), graph.dims, self.options, layout_of(graph))
+        return profiles_of(types_of(graph.inputs), graph.dims, self.options, layout_of(graph))
 
     def _widened(self, graph: Graph, profiles: list[Profile]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
         """The profiles, expecting two rows of products that faults need two of; and where those are."""
@@ -156,10 +156,6 @@ class TensorRtRtxBackend(TensorRtBackend):
 
     name: ClassVar[str] = "tensorrt_rtx"
     flavour: ClassVar[Flavour] = RTX
-
-
-def _inputs(graph: Graph) -> dict[str, TensorType]:
-    return {name: value.type for name, value in graph.inputs.items()}
 
 
 def _asked(graph: Graph, emitter: Emitter) -> dict[str, int]:

@@ -18,8 +18,8 @@ from graphopt.backend import Progress
 from graphopt.backends.tensorrt.flavours import Flavour, Said, listening, logger_of
 from graphopt.backends.tensorrt.options import Options, Profile, shapes_in
 from graphopt.errors import BackendError
-from graphopt.ir import TensorType
 from graphopt.models import cache_folder
+from graphopt.tensors import TensorType
 
 
 @dataclass

@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 
 from graphopt.dims import Dim, Size, evaluate
 from graphopt.errors import PipelineError, nearest
-from graphopt.ir import DimRange, TensorType
 from graphopt.runtime.cache import CacheLayout
 from graphopt.schemas.common import Schema
+from graphopt.tensors import DimRange, TensorType
 
 #: Sizes of one profile by the names of dims: smallest, expected, largest.
 Profile = Mapping[str, tuple[int, int, int]]

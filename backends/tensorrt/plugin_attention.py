@@ -25,7 +25,8 @@ from graphopt.backends.tensorrt.linears import is_summed_wide, product
 from graphopt.backends.tensorrt.options import Accumulate
 from graphopt.backends.tensorrt.packed import tokens_before
 from graphopt.dims import Dim, Size
-from graphopt.ir import DTYPE_NAMES, Graph, Node, TensorType, Value, Weight
+from graphopt.ir import Graph, Node, Value
+from graphopt.tensors import DTYPE_NAMES, TensorType, Weight
 
 #: The plugin's name and version in the library's registry.
 CREATOR = "CustomQKVToContextPluginDynamic", "2"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from graphopt.dims import Dim, Size
-from graphopt.ir import DimRange, Graph, TensorType
+from graphopt.ir import Graph, types_of
+from graphopt.tensors import DimRange, TensorType
 
 LOGITS = "logits"
 """The output that generation reads, ``[batch, sequence, vocabulary]``, or of last tokens only ``[batch, 1, vocabulary]``."""
@@ -180,7 +181,7 @@ def _new_tokens(layout: CacheLayout, feeds: Mapping[str, Tensor]) -> int:
 
 def layout_of(graph: Graph) -> CacheLayout | None:
     """The cache of a graph, if it has one."""
-    inputs, outputs = ({name: value.type for name, value in values.items()} for values in (graph.inputs, graph.outputs))
+    inputs, outputs = map(types_of, (graph.inputs, graph.outputs))
     return CacheLayout.of(inputs, outputs, graph.dims)
 
 

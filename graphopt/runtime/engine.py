@@ -13,10 +13,10 @@ import torch
 from graphopt.dims import Dim
 from graphopt.errors import EngineError, InputError
 from graphopt.execution import bind_dims
-from graphopt.ir import DTYPE_NAMES, DTYPES, DimRange, TensorType
 from graphopt.runtime.cache import CacheLayout
 from graphopt.runtime.kv_cache import KvCache
 from graphopt.schemas.manifest import Manifest, TensorSpec
+from graphopt.tensors import DTYPE_NAMES, DTYPES, DimRange, TensorType
 from graphopt.text import parse_type
 
 
