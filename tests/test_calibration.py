@@ -39,6 +39,8 @@ from graphopt.tensors import Weight
 from tests.test_generation import bytes_tokenizer
 from tests.tiny import tiny_bert
 
+pytestmark = pytest.mark.usefixtures("kept_here")
+
 FILLER = 7
 TOKENS = ("batch", "sequence")
 
@@ -485,11 +487,6 @@ def decoder(tokenizer_files: Path) -> Traced:
 def texts(tmp_path: Path) -> str:
     """Token rows of several lengths in a file."""
     return written(tmp_path, "texts.jsonl", jsonl(*({"input_ids": row} for row in TEXTS)))
-
-
-@pytest.fixture(autouse=True)
-def _kept_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
 
 
 def seen_by_hooks(module: nn.Module, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:

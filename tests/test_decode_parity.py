@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,13 @@ from graphopt.sources import Source, transformers_source
 from graphopt.testing import assert_decodes
 from tests.test_generation import CACHES, LONGEST, PROMPTS, VOCABULARY, bytes_tokenizer, llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the models are too small for several
+
 STEPS = 8
 HOLDS = {"static": LONGEST, "growing": 64}  # tokens
 BATCHES = {"static": 4, "growing": 3}  # rows at most
 ENCODER_HOLDS = 16
 TARGET = {"backend": "onnxruntime", "tactics": "fixed", "threads": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are too small for several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

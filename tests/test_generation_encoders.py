@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from graphopt.runtime.generation import configured
 from graphopt.sources import Source, transformers_source
 from tests.test_generation import bytes_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the models are too small for several
+
 START, END, VOCABULARY = 3, 2, 300
 HOLDS, ENCODER_HOLDS = 24, 16  # tokens
 CACHES: dict[str, dict[str, Any]] = {
@@ -41,15 +43,6 @@ TARGET = {"backend": "onnxruntime", "tactics": "fixed", "threads": 1}
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 TEXTS = ["some words", "x", "a line"]
 FEATURES = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are too small for several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def t5() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,9 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pairs() -> Iterator[dict[str, Pair]]:
+def pairs(one_thread: None) -> dict[str, Pair]:
     """Filled by :func:`pair`, each once. The models are too small for several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield {}
-    torch.set_num_threads(threads)
+    return {}
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from graphopt.sources import Source
 from graphopt.tensors import Weight
 from tests.rules import difference, inputs_of, load, program, read
 from tests.tiny import tiny_bert, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # the models are too small for several
 
 FEATURES, OUTLIER = 8, 3
 WHOLE = f"f32[batch, sequence, {FEATURES}]"
@@ -128,15 +130,6 @@ TIED = {
     ),
 }  # fmt: skip
 ALL = FOLDED | INSERTED | TIED
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The graphs are too small for several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def texts(graph: Graph, seed: int = 0) -> dict[str, Tensor]:

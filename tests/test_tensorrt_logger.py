@@ -52,7 +52,9 @@ def test_errors_and_warnings_are_heard_while_somebody_listens() -> None:
     assert inner.errors == [*both, *both]
     assert outer.errors == ["Validation failed", *both, *both]
     assert (inner.warnings, outer.warnings) == (["twice"], ["twice", "last"])
-    assert (inner.first, flavours.Said().first) == ("twice", "it does not say why")
+    assert inner.why == "twice; Int64 binding of x"
+    assert flavours.Said(["a", "b", "a", "c", "d"]).why == "a; b; c"
+    assert flavours.Said().why == "it does not say why"
 
 
 def test_a_thread_hears_its_own_and_what_no_listener_said() -> None:
@@ -105,15 +107,24 @@ def test_a_plan_that_does_not_open_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert "built with 10.6.0" in str(error.value.hint)
 
 
-@pytest.mark.parametrize("is_done", [True, False])
 @pytest.mark.parametrize("words", ["no kernel for this", ""])
-def test_a_run_that_fails_says_why(is_done: bool, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the library takes a plugin's failure for a run."""
+def test_a_run_that_fails_says_why(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=f"cannot run the engine: {words or 'it does not say why'}"):
+        engine_that(words, False, monkeypatch).enqueue({}, {}, {})
 
+
+def test_what_is_said_in_a_run_that_succeeds_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library takes a plugin's failure for a run."""
+    with pytest.warns(UserWarning, match="tensorrt ran the engine, and says: no kernel for this"):
+        assert engine_that("no kernel for this", True, monkeypatch).enqueue({}, {}, {}) == {}
+    assert engine_that("", True, monkeypatch).enqueue({}, {}, {}) == {}
+
+
+def engine_that(says: str, is_done: bool, monkeypatch: pytest.MonkeyPatch) -> TensorRtEngine:
     class Context:
         def execute_async_v3(self, stream: int) -> bool:
-            if words:
-                say(words)
+            if says:
+                say(says)
             return is_done
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
@@ -121,8 +132,4 @@ def test_a_run_that_fails_says_why(is_done: bool, words: str, monkeypatch: pytes
     manifest = cast(Manifest, SimpleNamespace(inputs={}, outputs={}, dims={}, report=report))
     engine = TensorRtEngine(Path(), manifest, flavours.TENSORRT, Options())
     engine._opened = Opened(TalkingLibrary, None, None, {(0, threading.get_ident()): Context()})
-    if is_done and not words:
-        assert engine.enqueue({}, {}, {}) == {}
-        return
-    with pytest.raises(BackendError, match=f"cannot run the engine: {words or 'it does not say why'}"):
-        engine.enqueue({}, {}, {})
+    return engine

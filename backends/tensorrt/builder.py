@@ -69,7 +69,7 @@ def build_plan(
         raise KeyboardInterrupt
     if plan is None:
         raise BackendError(
-            f"{flavour.name} cannot build the engine: {said.first}", where=_origin_in(said.errors, origins)
+            f"{flavour.name} cannot build the engine: {said.why}", where=_origin_in(said.errors, origins)
         )
     _save_timings(config, timings, cache)
     return Plan(bytes(plan), _kinds(network), said.warnings)

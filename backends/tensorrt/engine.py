@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,8 +147,10 @@ class TensorRtEngine(Engine):
             context.set_tensor_address(name, made[name].data_ptr() or _nothing().data_ptr())
         with listening(self.opened().library) as said:
             is_done = context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
-        if not is_done or said.errors:  # a plugin's failure is not always the call's
-            raise BackendError(f"{self.flavour.name} cannot run the engine: {said.first}")
+        if not is_done:
+            raise BackendError(f"{self.flavour.name} cannot run the engine: {said.why}")
+        if said.errors:  # of a plugin, whose failure need not be the run's
+            warnings.warn(f"{self.flavour.name} ran the engine, and says: {said.why}", stacklevel=2)
         return made
 
     def context_for(self, env: Mapping[str, int]) -> Any:
@@ -163,7 +166,7 @@ class TensorRtEngine(Engine):
                 context = opened.engine.create_execution_context()
             if context is None:
                 raise BackendError(
-                    f"{self.flavour.name} makes no context, which needs {self.device_bytes >> 20} MiB: {said.first}"
+                    f"{self.flavour.name} makes no context, which needs {self.device_bytes >> 20} MiB: {said.why}"
                 )
             context.set_optimization_profile_async(index, torch.cuda.current_stream().cuda_stream)
             torch.cuda.current_stream().synchronize()
@@ -217,7 +220,7 @@ def opened_plan(flavour: Flavour, data: bytes, file: Path, built: str | None = N
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise BackendError(
-            f"{flavour.name} {trt.__version__} does not open the plan: {said.first}",
+            f"{flavour.name} {trt.__version__} does not open the plan: {said.why}",
             where=str(file),
             hint=f"it was built with {built}: compile again here" if built else None,
         )

@@ -86,8 +86,9 @@ class Said:
     thread: int = field(default_factory=threading.get_ident)
 
     @property
-    def first(self) -> str:
-        return next(iter(self.errors), "it does not say why")
+    def why(self) -> str:
+        """The first errors: the very first may be a plugin's, which misses a library that it does not need."""
+        return "; ".join(list(dict.fromkeys(self.errors))[:3]) or "it does not say why"
 
 
 @contextmanager
