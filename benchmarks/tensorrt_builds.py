@@ -19,10 +19,9 @@ from graphopt.backends.tensorrt.backend import TensorRtBackend
 from graphopt.backends.tensorrt.builder import build_plan
 from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, opened_plan
 from graphopt.backends.tensorrt.flavours import TENSORRT
-from graphopt.backends.tensorrt.options import Options, Profile, profiles_of
+from graphopt.backends.tensorrt.options import Options, Profile
 from graphopt.ir import Graph, types_of
 from graphopt.pipeline import Context, load_passes, run_passes
-from graphopt.runtime.cache import layout_of
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.sources import Source
 from graphopt.tensors import DimRange, TensorType
@@ -72,8 +71,7 @@ def engine_of(graph: Graph, folder: Path, cuda_graphs: bool = True, **options: A
     for warning in backend.build(graph, folder).warnings:
         print(f"{folder.name}: {warning}"[:300], flush=True)
     inputs, outputs = map(types_of, (graph.inputs, graph.outputs))
-    profiles = profiles_of(inputs, graph.dims, backend.options, layout_of(graph))
-    return BareEngine(folder, inputs, outputs, graph.dims, profiles, cuda_graphs)
+    return BareEngine(folder, inputs, outputs, graph.dims, backend.profiles(graph), cuda_graphs)
 
 
 def engine_of_file(

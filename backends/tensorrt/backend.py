@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -68,7 +69,7 @@ class TensorRtBackend(Backend):
             own = "0"
         device = None
         if self.options.split_sums and self.unrunnable() is None:
-            device = Device.here(self._profiles(graph))
+            device = Device.here(self.profiles(graph))
         padding = self.options.packed_padding if self.flavour.has_plugins else None
         quirks = quirks_in_force(self.name, own)
         dialect = tensorrt_dialect(
@@ -83,7 +84,7 @@ class TensorRtBackend(Backend):
                 where="target.options.split_sums",
                 hint="leave it out, or build on the device",
             )
-        asked = self._profiles(graph)
+        asked = self.profiles(graph)
         trt = self.flavour.module()  # before anything is written
         profiles, widened = self._widened(graph, asked)
         if self.flavour.has_plugins and PACKED in graph.op_counts():
@@ -109,22 +110,22 @@ class TensorRtBackend(Backend):
             warnings += check_kernels(kernels, _asked(graph, emitter), self.options.sparse_weights)
         return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels)
 
-    def _profiles(self, graph: Graph) -> list[Profile]:
+    def profiles(self, graph: Graph) -> list[Profile]:
+        """What ``target.options`` and the graph's dims ask an engine to be built for."""
         return profiles_of(types_of(graph.inputs), graph.dims, self.options, layout_of(graph))
 
     def _widened(self, graph: Graph, profiles: list[Profile]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
         """The profiles, expecting two rows of products that faults need two of; and where those are."""
         found: dict[Quirk, list[str]] = {}
         faults = [fault for fault in quirks_in_force(self.name, self.flavour.version()) if fault.action == "widen"]
-        for fault in faults:
-            products = [node for node in graph.nodes if fault.condition(node, "")]
-            for node in products:
+        widened = profiles
+        for fault, node in itertools.product(faults, graph.nodes):
+            if fault.condition(node, ""):
                 lead = node.output.type.shape[:-1]
                 if any(for_two_rows(profile, lead) != profile for profile in profiles):
                     found.setdefault(fault, []).append(node.where)
-            for node in products:
-                profiles = [for_two_rows(profile, node.output.type.shape[:-1]) for profile in profiles]
-        return profiles, found
+                widened = [for_two_rows(profile, lead) for profile in widened]
+        return widened, found
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:

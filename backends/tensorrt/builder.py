@@ -81,7 +81,7 @@ def build_plan(
 def _refusal(parser: Any, said: Said, flavour: Flavour, origins: Mapping[str, str]) -> tuple[str]:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if not errors:
-        return (f"{flavour.name} cannot read the model: {'; '.join(said.errors)}",)
+        return (f"{flavour.name} cannot read the model: {said.why}",)
     first = errors[0]
     name, origin = first.node_name(), origins.get(first.node_name(), "")
     comes = f" (from {origin})" if origin else ""
