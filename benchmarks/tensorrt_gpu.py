@@ -2,6 +2,7 @@
 and SmolLM2 with their real weights.
 
     python -m benchmarks.tensorrt_gpu [encoder] [decode] [minilm] [smollm2] [--layers 24] [--kernels] [--engine NAME ...]
+                                      [--shape 1x128 ...]
 
 The encoder beside torch.compile, the plain export of torch built by the same builder, and ONNX Runtime's CUDA provider; BERT and
 Llama have random weights: nothing is downloaded. Needs an NVIDIA GPU and TensorRT; each part writes
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -60,11 +62,17 @@ AGAINST_TORCH: dict[Shape, float] = {(1, 128): 0.55, (8, 128): 0.62, (32, 128): 
 INT8_GAIN: dict[Shape, float] = {(1, 128): 1.25, (32, 128): 1.3}
 DIMS = {"batch": (1, 32), "sequence": (2, 384)}
 FP16_PARITY = 5e-3
+FLATTENING: tuple[dict[str, Any], ...] = ({"kind": "flatten_tokens"},)
 PACKING: tuple[dict[str, Any], ...] = (
-    {"kind": "heads_last"}, {"kind": "flatten_tokens"},
+    {"kind": "heads_last"}, *FLATTENING,
     {"kind": "remove_padding", "attention": "packed", "padding": "behind"},
 )  # fmt: skip
 TORCH = "torch.compile"
+#: What is built unless engines are named.
+SIDES = (
+    TORCH, "fp16", "fp16, flat", "fp16, packed", "fp16, packed, padding dropped", "fp16, flat, for 1 x 128, split sums",
+    "plain export", "int8, packed", "int8, packed, for 1 x 128, split sums", "ONNX Runtime CUDA",
+)  # fmt: skip
 
 
 def inputs_of(batch: int, sequence: int, shortest: int | None = None) -> dict[str, Tensor]:
@@ -97,6 +105,10 @@ class Encoder:
     @functools.cached_property
     def int8(self) -> Graph:
         return self._graph(self._quantize())
+
+    @functools.cached_property
+    def flat(self) -> Graph:
+        return self._graph(before=FLATTENING)
 
     @functools.cached_property
     def packed(self) -> Graph:
@@ -170,29 +182,30 @@ class Encoder:
             wanted = self.model.cuda()(**feeds).last_hidden_state
             got = engine(**feeds)
         own = got["last_hidden_state"] if isinstance(got, dict) else got.last_hidden_state
-        return float((own.float() - wanted)[real].abs().max() / wanted[real].abs().max())
+        return float((own.to(wanted) - wanted)[real].abs().max() / wanted[real].abs().max())
 
 
-def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str]) -> None:
-    """``wanted``: some of the engines, in this order; all unless given."""
+def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str], shapes: Sequence[Shape]) -> None:
+    """``wanted``: engines by their names, in this order; ``shapes``: those that are timed."""
     with tempfile.TemporaryDirectory() as folder:
         made = Encoder(layers, Path(folder))
         times: dict[str, dict[Shape, float]] = {}
-        if not wanted or TORCH in wanted:
-            times[TORCH] = latencies(torch.compile(made.half, mode="reduce-overhead", dynamic=False))
+        if TORCH in wanted:
+            times[TORCH] = latencies(torch.compile(made.half, mode="reduce-overhead", dynamic=False), shapes)
             print(TORCH, times[TORCH], flush=True)
         counts = Table("Kernels of the first profile, by the inspector", "engine")
         off = {"torch fp16": made.offs(made.half)}
         builds = engines_of(made)
-        for name in wanted or builds:
+        for name in wanted:
             if name == TORCH:
                 continue
             side = builds[name]
+            timed = [shape for shape in side.shapes if shape in shapes]
+            if not timed:
+                continue
             try:
                 engine = side.build()
-                off[name], times[name] = (
-                    made.offs(engine, (*side.shapes, *side.between)), latencies(engine, side.shapes),
-                )  # fmt: skip
+                off[name], times[name] = made.offs(engine, (*timed, *side.between)), latencies(engine, timed)
             except (GraphoptError, RuntimeError) as error:
                 counts.notes.append(f"{name}: {str(error).splitlines()[0][:200]}")
                 print(counts.notes[-1], flush=True)
@@ -201,8 +214,7 @@ def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str])
             print(name, times[name], off[name], flush=True)
             if isinstance(engine, TensorRtEngine):
                 counts.add(name, **kernels_of(layers_of(TENSORRT.module(), engine.opened().engine)))
-                seen = [shape for shape in side.shapes if kernels and shape != SHAPES[1]]
-                results.tables += [kernels_at(name, engine, shape) for shape in seen]
+                results.tables += [kernels_at(name, engine, shape) for shape in timed if kernels]
         speed(results, layers, times)
         results.tables.append(counts)
         parity(results, off)
@@ -218,23 +230,31 @@ class Side:
 
 
 def engines_of(made: Encoder) -> dict[str, Side]:
+    """By name: each graph's engine for all shapes, its engines for a shape each, as they are and with split sums, and others."""
     behind, dropped = ({"packed_padding": where} for where in ("behind", "dropped"))
-    one, many = SHAPES[0], SHAPES[2]
-    return {
-        "fp16": Side(lambda: made.for_all("fp16", made.fp16)),
-        "fp16, fp32 sums": Side(lambda: made.for_all("wide", made.fp16, accumulate="fp32")),
-        "fp16, packed": Side(lambda: made.for_all("packed", made.packed, **behind)),
-        "fp16, packed, fastest sums": Side(lambda: made.for_all("fast", made.packed, **behind, accumulate="fastest")),
-        "fp16, packed, padding dropped": Side(lambda: made.for_all("dropped", made.packed, **dropped)),
-        "fp16, packed, for 32 x 128": Side(lambda: made.for_one("many", made.packed, many, **behind), (many,), ()),
-        "fp16, for 1 x 128": Side(lambda: made.for_one("one", made.fp16, one), (one,), ()),
-        "fp16, for 1 x 128, split sums": Side(
-            lambda: made.for_one("split", made.fp16, one, split_sums=True), (one,), ()
-        ),
+    graphs: dict[str, tuple[Callable[[], Graph], dict[str, Any]]] = {
+        "fp16": (lambda: made.fp16, {}), "fp16, flat": (lambda: made.flat, {}),
+        "fp16, packed": (lambda: made.packed, behind),
+        "int8": (lambda: made.int8, {}), "int8, packed": (lambda: made.packed_int8, behind),
+    }  # fmt: skip
+
+    def for_all(name: str, graph: Callable[[], Graph], options: Mapping[str, Any]) -> Side:
+        return Side(lambda: made.for_all(name, graph(), **options))
+
+    def for_one(name: str, graph: Callable[[], Graph], shape: Shape, options: Mapping[str, Any]) -> Side:
+        return Side(lambda: made.for_one(name, graph(), shape, **options), (shape,), ())
+
+    sides = {name: for_all(name, *own) for name, own in graphs.items()}
+    for (name, (graph, options)), shape in itertools.product(graphs.items(), SHAPES):
+        for more, split in (("", {}), (", split sums", {"split_sums": True})):
+            own = f"{name}, for {named(shape)}{more}"
+            sides[own] = for_one(own, graph, shape, {**options, **split})
+    wide, fast = ({"accumulate": sums} for sums in ("fp32", "fastest"))
+    return sides | {
+        "fp16, fp32 sums": for_all("wide", lambda: made.fp16, wide),
+        "fp16, packed, fastest sums": for_all("fast", lambda: made.packed, behind | fast),
+        "fp16, packed, padding dropped": for_all("dropped", lambda: made.packed, dropped),
         "plain export": Side(made.exported, between=()),
-        "int8": Side(lambda: made.for_all("int8", made.int8)),
-        "int8, packed": Side(lambda: made.for_all("int8_packed", made.packed_int8, **behind)),
-        "int8, for 1 x 128": Side(lambda: made.for_one("int8_one", made.int8, one), (one,), ()),
         "ONNX Runtime CUDA": Side(lambda: made.on_cuda("cuda")),
     }
 
@@ -260,6 +280,8 @@ def speed(results: Results, layers: int, times: Mapping[str, Mapping[Shape, floa
     )
     for shape in ALL:
         each = {name: own[shape] for name, own in times.items() if shape in own}
+        if not each:
+            continue
         table.add(named(shape), **each)
         fp16, int8 = (
             min((own for name, own in each.items() if name.startswith(kind)), default=math.nan)
@@ -288,6 +310,7 @@ def parity(results: Results, off: Mapping[str, Mapping[Shape, float]]) -> None:
 
 
 def main() -> None:
+    by_name = {"x".join(map(str, shape)): shape for shape in ALL}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tensorrt_gpu", description=__doc__.splitlines()[0])
     parser.add_argument(
         "part", nargs="*", choices=[[], "encoder", "decode", "minilm", "smollm2"], help="all by default"
@@ -295,11 +318,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="of the encoder")
     parser.add_argument("--kernels", action="store_true", help="the slowest layers as well")
     parser.add_argument(
-        "--engine", action="append", default=[], help=f"a side of the encoder: {TORCH} ...; all by default"
+        "--engine",
+        action="append",
+        help="a side of the encoder, 'fp16, packed, for 1 x 128' ...; by default: " + "; ".join(SIDES),
+    )
+    parser.add_argument(
+        "--shape", action="append", choices=[*by_name], help="a shape of the encoder that is timed; all by default"
     )
     asked = parser.parse_args()
+    shapes = [by_name[name] for name in asked.shape or by_name]
     parts: dict[str, Callable[[Results], None]] = {
-        "encoder": lambda results: encoder(results, asked.layers, asked.kernels, asked.engine),
+        "encoder": lambda results: encoder(results, asked.layers, asked.kernels, asked.engine or SIDES, shapes),
         "decode": lambda results: decode(results, asked.kernels),
         "minilm": minilm_engines, "smollm2": smollm2_engines,
     }  # fmt: skip

@@ -191,9 +191,9 @@ def test_sums_in_fp32_are_products_between_casts(profiles: list[Profile], sizes:
     [
         ({}, 132, MANY, "enough tiles"),
         ({}, 1, FEW, "enough tiles"),
-        ({"2048": "2046"}, 132, FEW, "a short sum, or fp32"),
-        ({"2048": "1024"}, 132, FEW, "a short sum, or fp32"),
-        ({"f16": "f32"}, 132, FEW, "a short sum, or fp32"),
+        ({"2048": "2046"}, 132, FEW, "a short sum"),
+        ({"2048": "1024"}, 132, FEW, "a short sum"),
+        ({"f16": "f32"}, 132, FEW, "fp32"),
     ],
 )
 def test_other_linears_stay_whole(
@@ -208,6 +208,61 @@ def test_other_linears_stay_whole(
     (node,) = graph.nodes
     with pytest.raises(Unsupported, match=reason):
         dialect.forms["aten.linear"]["parts"](Emitter(graph, dialect), node)
+
+
+INTEGERS = """
+    input %x: f16[batch, sequence, 2048]
+    weight %s: f16[]
+    weight %w: i8[64, 2048]
+    weight %z: f16[64]
+    weight %b: f16[64]
+    %q: i8[batch, sequence, 2048] = graphopt.quantize.default(x=%x, scale=%s, dtype=i8)
+    %y: f16[batch, sequence, 64] = graphopt.static_linear.default(x=%q, x_scale=%s, weight=%w, scale=%z{0})
+    output y = %y
+"""
+
+
+def graph_of_integers(bias: str = "", changes: Mapping[str, str] | None = None) -> Graph:
+    body = INTEGERS.format(bias)
+    for old, new in (changes or {}).items():
+        body = body.replace(old, new)
+    graph = graph_of(body)
+    whole = graph.weights["w"].load()
+    weights = {
+        "s": torch.tensor(1 / 32).half(), "z": (torch.rand(64) / 1024).half(),
+        "w": torch.randint(-127, 128, whole.shape).to(whole.dtype),
+    }  # fmt: skip
+    graph.weights.update({name: Weight.of(tensor) for name, tensor in weights.items()})
+    return graph
+
+
+@pytest.mark.parametrize("bias", ["", ", bias=%b"], ids=["alone", "bias"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_long_sum_of_integers_with_few_tiles_is_taken_in_parts(bias: str, sizes: Mapping[str, int]) -> None:
+    graph = graph_of_integers(bias)
+    model = emit(graph, dialect_for(132, FEW))
+    ops = [node.op_type for node in model.graph.node]
+    assert (ops.count("MatMul"), ops.count("ReduceSum"), ops.count("DequantizeLinear")) == (1, 1, 2)
+    inputs = inputs_of(graph, dict(sizes))
+    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processors", "profiles", "reason"),
+    [
+        ({}, 132, MANY, "enough tiles"),
+        ({"2048": "1024"}, 132, FEW, "a short sum"),
+        ({"i8": "f8e4m3"}, 132, FEW, "fp8"),
+    ],
+)
+def test_other_linears_of_integers_stay_whole(
+    changes: dict[str, str], processors: int, profiles: list[Profile], reason: str
+) -> None:
+    graph = graph_of_integers(changes=changes)
+    dialect = dialect_for(processors, profiles)
+    assert Emitter(graph, dialect).used_forms == {"integers": 1}
+    with pytest.raises(Unsupported, match=reason):
+        dialect.forms["graphopt.static_linear"]["integers in parts"](Emitter(graph, dialect), list(graph.nodes)[-1])
 
 
 # Profiles

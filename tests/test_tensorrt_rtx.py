@@ -25,7 +25,7 @@ from graphopt.backends.tensorrt.options import Options, profiles_of
 from graphopt.errors import BackendError, PipelineError
 from graphopt.ir import types_of
 from graphopt.sources import Source, transformers_source
-from graphopt.tracing import trace
+from tests.test_tensorrt import LINEAR, graph_of, graph_of_integers
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed (make env does)"
@@ -138,15 +138,14 @@ def test_sums_are_split_for_a_gpu_that_is_here(tmp_path: Path) -> None:
     assert not (tmp_path / "e").exists()
 
 
-def test_a_linear_in_parts_builds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["parts", "integers in parts"])
+def test_a_linear_in_parts_builds(form: str, tmp_path: Path) -> None:
     """As for a GPU that is here and that so few tokens leave idle."""
-    module = torch.nn.Linear(2048, 64).eval().half()
-    axes = {"input": ("batch", "sequence", None)}
-    graph = trace(module, {"input": torch.ones(2, 8, 2048).half()}, axes, DIMS)
+    graph = graph_of(LINEAR.format("")) if form == "parts" else graph_of_integers()
     inputs = types_of(graph.inputs)
     profiles = profiles_of(inputs, graph.dims, Options())
     emitter = Emitter(graph, tensorrt_dialect(parsed_ops(RTX), device=Device(132, profiles)))
-    assert emitter.used_forms == {"parts": 1}
+    assert emitter.used_forms == {form: 1}
     write_model(emitter, tmp_path)
     plan = build_plan(RTX, tmp_path / MODEL, inputs, profiles, Options(compute_capabilities=("8.9",)), {}, no_progress)
     assert plan.layers["MATRIX_MULTIPLY"] == plan.layers["REDUCE"] == 1

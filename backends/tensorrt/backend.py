@@ -162,7 +162,8 @@ class TensorRtRtxBackend(TensorRtBackend):
 def _asked(graph: Graph, emitter: Emitter) -> dict[str, int]:
     """How many products of linears are to be in which precision."""
     linears = [node for node in graph.nodes if node.op == "aten.linear.default"]
-    integers = emitter.used_forms.get("integers", 0) if not _of_fp8(graph) else 0
+    forms = ("integers", "integers in parts")
+    integers = sum(emitter.used_forms.get(form, 0) for form in forms) if not _of_fp8(graph) else 0
     return {
         "int8": integers,
         "fp16": sum(node.output.type.dtype == torch.float16 for node in linears),

@@ -10,10 +10,9 @@ import torch
 from graphopt.backends.onnx.attention import Attention, products
 from graphopt.backends.onnx.dialects import OPSET, STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered, Lowering, Unsupported
-from graphopt.backends.onnx.quantized import static_linear, static_linear_of_floats
 from graphopt.backends.quirks import Quirk
 from graphopt.backends.tensorrt.cached import new_rows, over_buffers, without_buffers
-from graphopt.backends.tensorrt.linears import Device, linears
+from graphopt.backends.tensorrt.linears import Device, linears, static_linears
 from graphopt.backends.tensorrt.options import Accumulate, PackedPadding
 from graphopt.backends.tensorrt.packed import packed_before_padding, unpacked
 from graphopt.backends.tensorrt.plugin_attention import plugin_attention
@@ -53,7 +52,7 @@ def tensorrt_dialect(
     opset = OPSET if parses("RMSNormalization") else OLD_OPSET
     forms_of = {
         "graphopt.attention": forms,
-        "graphopt.static_linear": {"integers": static_linear, "floats": static_linear_of_floats},
+        "graphopt.static_linear": static_linears(device),
         "aten.linear": linears(device, accumulate),
     }
     return Dialect(name, {"": opset}, lowerings, forms_of, quirks)

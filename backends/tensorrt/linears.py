@@ -17,10 +17,11 @@ import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Unsupported
 from graphopt.backends.onnx.lowerings import LOWERINGS
-from graphopt.backends.onnx.quantized import turned, with_bias
+from graphopt.backends.onnx.quantized import static_linear, static_linear_of_floats, turned, with_bias, zeros
 from graphopt.backends.tensorrt.options import Accumulate, Profile
-from graphopt.dims import evaluate
-from graphopt.ir import Node
+from graphopt.dims import Size, evaluate
+from graphopt.ir import Node, Value
+from graphopt.tensors import TensorType, Weight
 
 _TILE = 64  # rows and columns of the smallest tiles that kernels take for such products
 _PARTS = 2  # as fast as four on an H200
@@ -40,14 +41,12 @@ class Device:
         """The GPU of this machine."""
         return cls(torch.cuda.get_device_properties(0).multi_processor_count, profiles)
 
-    def is_idle(self, node: Node) -> bool:
-        """Whether a linear leaves half of the processors idle, at all of the sizes."""
-        channels = node.args["weight"].type.shape[0]
-        lead = node.args["input"].type.shape[:-1]
+    def is_idle(self, lead: Sequence[Size], channels: int) -> bool:
+        """Whether a product ``[*lead, channels]`` leaves half of the processors idle, at all of the sizes."""
         for profile in self.profiles:
             env = {name: best for name, (_, best, _) in profile.items()}
             rows = math.prod(evaluate(size, env) for size in lead)
-            if -(-rows // _TILE) * -(-int(channels) // _TILE) * 2 > self.processors:
+            if -(-rows // _TILE) * -(-channels // _TILE) * 2 > self.processors:
                 return False
         return True
 
@@ -58,23 +57,64 @@ def in_parts(device: Device) -> Lowering:
 
     def lower(e: Emitter, node: Node) -> Lowered:
         x, weight, bias = (node.args[key] for key in ("input", "weight", "bias"))
-        features, dtype = weight.type.shape[-1], weight.type.dtype
-        wanted = dtype in _HALVES and e.is_weight(weight) and len(x.type.shape) > 1
-        if not (wanted and isinstance(features, int) and features >= _LONG and features % _PARTS == 0):
-            raise Unsupported("a short sum, or fp32")
-        if not device.is_idle(node):
-            raise Unsupported("enough tiles")
-        channels = weight.type.shape[0]
-        each = features // _PARTS
-        rows = e.op("Transpose", e.op("Reshape", e.value(x), e.vector((-1, _PARTS, each))), perm=[1, 0, 2])
-        columns = e.once(
-            ("in parts", weight.name),
-            lambda: e.op("Transpose", e.reshape(e.value(weight), (channels, _PARTS, each)), perm=[1, 2, 0]),
-        )
-        total = e.op("ReduceSum", e.op("MatMul", rows, columns), e.vector([0]), keepdims=0)
-        return with_bias(e, e.reshape(total, (*x.type.shape[:-1], channels)), bias)
+        if weight.type.dtype not in _HALVES:
+            raise Unsupported("fp32")
+        _require_long_and_few(e, device, x, weight)
+        total = _summed(e, e.op("MatMul", _rows_in_parts(e, x), _columns_in_parts(e, weight)), node)
+        return with_bias(e, total, bias)
 
     return lower
+
+
+def integers_in_parts(device: Device) -> Lowering:
+    """The same of int8, whose parts are added up in the precision of the result."""
+
+    def lower(e: Emitter, node: Node) -> Lowered:
+        x, x_scale, weight, scale, bias = (node.args[key] for key in ("x", "x_scale", "weight", "scale", "bias"))
+        if weight.type.dtype != torch.int8:
+            raise Unsupported("fp8")
+        _require_long_and_few(e, device, x, weight)
+        rows = e.op("DequantizeLinear", _rows_in_parts(e, x), e.value(x_scale), zeros(e, x_scale, x.type.dtype))
+        columns = e.op(
+            "DequantizeLinear", _columns_in_parts(e, weight), e.value(scale), zeros(e, scale, torch.int8), axis=2
+        )
+        return with_bias(e, _summed(e, e.op("MatMul", rows, columns), node), bias)
+
+    return lower
+
+
+def _require_long_and_few(e: Emitter, device: Device, x: Value, weight: Value) -> None:
+    """``Unsupported`` unless sums are long, and tiles few."""
+    channels, features = weight.type.shape
+    if not (isinstance(channels, int) and isinstance(features, int) and e.is_weight(weight) and len(x.type.shape) > 1):
+        raise Unsupported("no constant weight, or a single row")
+    if features < _LONG or features % _PARTS:
+        raise Unsupported("a short sum")
+    if not device.is_idle(x.type.shape[:-1], channels):
+        raise Unsupported("enough tiles")
+
+
+def _rows_in_parts(e: Emitter, x: Value) -> ir.Value:
+    """``[..., K]`` as ``[P, M, K/P]``."""
+    each = x.type.shape[-1] // _PARTS
+    return e.op("Transpose", e.op("Reshape", e.value(x), e.vector((-1, _PARTS, each))), perm=[1, 0, 2])
+
+
+def _columns_in_parts(e: Emitter, weight: Value) -> ir.Value:
+    """``[N, K]`` as ``[P, K/P, N]``, written so: the builder dequantizes no int8 that is computed."""
+    channels, features = weight.type.shape
+    own, name = e.graph.weights[weight.name], f"{weight.name}.parts"
+
+    def load() -> torch.Tensor:
+        rows = own.load()
+        return rows.reshape(len(rows), _PARTS, -1).permute(1, 2, 0).contiguous()
+
+    type = TensorType(own.type.dtype, (_PARTS, features // _PARTS, channels))
+    return e.once(("in parts", weight.name), lambda: e.external(name, Weight(type, load)))
+
+
+def _summed(e: Emitter, parts: ir.Value, node: Node) -> ir.Value:
+    return e.reshape(e.op("ReduceSum", parts, e.vector([0]), keepdims=0), node.output.type.shape)
 
 
 def product(e: Emitter, x: ir.Value, columns: ir.Value, dtype: torch.dtype, wide: bool) -> ir.Value:
@@ -108,3 +148,9 @@ def linears(device: Device | None, accumulate: Accumulate) -> dict[str, Lowering
     """The forms of a linear, by name. ``device``: one whose processors long sums are split for."""
     forms: dict[str, Lowering] = {} if device is None else {"parts": in_parts(device)}
     return {**forms, "summed wide": summed_wide(accumulate), "whole": LOWERINGS["aten.linear"]}
+
+
+def static_linears(device: Device | None) -> dict[str, Lowering]:
+    """The forms of a linear in few bits, by name."""
+    forms: dict[str, Lowering] = {} if device is None else {"integers in parts": integers_in_parts(device)}
+    return {**forms, "integers": static_linear, "floats": static_linear_of_floats}
