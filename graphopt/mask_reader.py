@@ -36,11 +36,8 @@ from graphopt.conditions import (
 )
 from graphopt.dims import Dim, Size, floordiv
 from graphopt.ir import Graph, Node, Value
+from graphopt.mask_moves import MOVES, Place, Unreadable, is_natural
 from graphopt.tensors import Weight
-
-
-class Unreadable(Exception):
-    """What the analysis cannot read, and where."""
 
 
 class Reader:
@@ -183,58 +180,9 @@ def _rounded(expr: Expr, dtype: torch.dtype) -> Expr:
     return expr
 
 
-def _moved(place: Callable[[Node, tuple[Size, ...]], tuple[Size, ...]]) -> Read:
+def _moved(place: Place) -> Read:
     """A reader for an op that only moves elements: the same element at another index."""
     return lambda reader, node, index: reader.read(node.args["self"], place(node, index))
-
-
-def _unsqueezed(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    axis = node.args["dim"]
-    return index[:axis] + index[axis + 1 :]
-
-
-def _expanded(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    shape = node.args["self"].type.shape
-    return tuple(0 if size == 1 else i for size, i in zip(shape, index[len(index) - len(shape) :], strict=True))
-
-
-def _transposed(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    swapped = list(index)
-    a, b = node.args["dim0"], node.args["dim1"]
-    swapped[a], swapped[b] = swapped[b], swapped[a]
-    return tuple(swapped)
-
-
-def _permuted(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    source: list[Size] = [0] * len(index)
-    for axis, size in zip(node.args["dims"], index, strict=True):
-        source[axis] = size
-    return tuple(source)
-
-
-def _sliced(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    axis, start = node.args["dim"], node.args["start"]
-    if isinstance(start, int) and start < 0:
-        raise Unreadable(f"a negative start in {node.where}")
-    return (*index[:axis], (start or 0) + index[axis] * node.args["step"], *index[axis + 1 :])
-
-
-def _selected(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    axis, position = node.args["dim"], node.args["index"]
-    if isinstance(position, int) and position < 0:
-        position = node.args["self"].type.shape[axis] + position
-    if not _is_natural(position):
-        raise Unreadable(f"a position that may count from the end in {node.where}")
-    return (*index[:axis], position, *index[axis:])
-
-
-def _reshaped(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    """A reshape that only adds or removes axes of size 1."""
-    old, new = node.args["self"].type.shape, node.outputs[0].type.shape
-    kept = [i for i, size in zip(index, new, strict=True) if size != 1]
-    if [size for size in old if size != 1] != [size for size in new if size != 1]:
-        raise Unreadable(f"a reshape that regroups elements in {node.where}")
-    return tuple(0 if size == 1 else kept.pop(0) for size in old)
 
 
 def _arange(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
@@ -304,20 +252,10 @@ def _indexed(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
     places: list[Size] = []
     for position in indices:
         expr = reader.arg(position, index[:width], width)
-        if not isinstance(expr, Int) or not _is_natural(expr.size):
+        if not isinstance(expr, Int) or not is_natural(expr.size):
             raise Unreadable(f"an index that is not a position in {node.where}")
         places.append(expr.size)
     return reader.read(source, (*places, *index[width:]))
-
-
-def _repeated(node: Node, index: tuple[Size, ...]) -> tuple[Size, ...]:
-    """Axes of one element, or repeated once."""
-    shape = node.args["self"].type.shape
-    kept = index[len(index) - len(shape) :]
-    repeats = node.args["repeats"][len(index) - len(shape) :]
-    if any(size != 1 and times != 1 for size, times in zip(shape, repeats, strict=True)):
-        raise Unreadable(f"a repetition of several elements in {node.where}")
-    return tuple(0 if size == 1 else i for size, i in zip(shape, kept, strict=True))
 
 
 def _difference(reader: Reader, node: Node, index: tuple[Size, ...]) -> Expr:
@@ -472,16 +410,10 @@ def _of_truths(read: Read) -> Read:
 
 
 _READERS: Mapping[str, Read] = {
+    **{name: _moved(place) for name, place in MOVES.items()},
     "arange": _arange,
     "full": _full,
     "to": _cast,
-    "unsqueeze": _moved(_unsqueezed),
-    "expand": _moved(_expanded),
-    "transpose": _moved(_transposed),
-    "permute": _moved(_permuted),
-    "slice": _moved(_sliced),
-    "select": _moved(_selected),
-    "reshape": _moved(_reshaped),
     "index": _indexed,
     "tril": _triangle(lambda row, column, diagonal: at_most_zero(column - row - diagonal)),
     "triu": _triangle(lambda row, column, diagonal: at_most_zero(row + diagonal - column)),
@@ -492,7 +424,6 @@ _READERS: Mapping[str, Read] = {
     "bitwise_and": _of_truths(_and),
     "bitwise_or": _of_truths(_or),
     "bitwise_not": _of_truths(_not),
-    "repeat": _moved(_repeated),
     "diff": _difference,
     "cumsum": _running_sum,
     "abs": _elementwise(_absolute),
@@ -505,13 +436,3 @@ _READERS: Mapping[str, Read] = {
     "where": _elementwise(_where),
     "masked_fill": _elementwise(_masked_fill),
 }
-
-
-def _is_natural(size: Size) -> bool:
-    """Whether a polynomial has no negative term and no unknown: with names >= 0 it is then >= 0."""
-    if isinstance(size, int):
-        return size >= 0
-    plain = all(
-        isinstance(atom, str) and not isinstance(atom, Token) for monomial, _ in size.terms for atom in monomial
-    )
-    return plain and all(number >= 0 for _, number in size.terms)

@@ -40,7 +40,8 @@ from graphopt.conditions import (
 )
 from graphopt.dims import Call, Dim, Size
 from graphopt.ir import Graph, Value
-from graphopt.mask_reader import Reader, Unreadable, number_of
+from graphopt.mask_moves import Unreadable
+from graphopt.mask_reader import Reader, number_of
 from graphopt.tensors import DimRange
 
 

@@ -12,7 +12,8 @@ import torch
 from graphopt import masks
 from graphopt.dims import Size
 from graphopt.ir import Graph, Value
-from graphopt.mask_reader import Reader, Unreadable
+from graphopt.mask_moves import Unreadable
+from graphopt.mask_reader import Reader
 from graphopt.patterns import Hole, NumberHole, Ops, Pattern, Step, TensorHole
 from graphopt.rewrite import Build, Match, Rule, require
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
 
 import graphopt
-from graphopt.backends.onnx.emitter import Dialect, Emitter, Unsupported
+from graphopt.backends.onnx.emitter import Emitter
 from graphopt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from graphopt.backends.onnxruntime.engine import PROVIDERS, shape_options
 from graphopt.backends.quirks import quirks_in_force
@@ -24,7 +23,6 @@ from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBacke
 from graphopt.backends.tensorrt.builder import Plan
 from graphopt.backends.tensorrt.device_cache import Recorded
 from graphopt.backends.tensorrt.dialect import OLD_OPSET, tensorrt_dialect
-from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import (
     Options,
     Profile,
@@ -40,7 +38,7 @@ from graphopt.runtime.cache import CacheLayout
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.sources import Source
 from graphopt.tensors import Weight
-from tests.onnx_helpers import assert_same, emit, run_onnxruntime, run_reference
+from tests.onnx_helpers import assert_same, emit, run_onnxruntime
 from tests.rules import inputs_of, load, program
 
 OLD = tensorrt_dialect(lambda op: op not in flavours._SINCE)
@@ -122,147 +120,6 @@ def test_attention_has_a_causal_flag_or_a_mask(mask: str, causal: str, dialect: 
             flag = any(attribute.name == "is_causal" for attribute in node.attribute)
             assert flag == bool(causal and not mask)
             assert not (flag and any(node.input[3:]))
-
-
-# Linears of few tokens
-
-LINEAR = """
-    input %x: f16[batch, sequence, 2048]
-    weight %w: f16[64, 2048]
-    weight %b: f16[64]
-    %y: f16[batch, sequence, 64] = aten.linear.default(input=%x, weight=%w{0})
-    output y = %y
-"""
-FEW: list[Profile] = [{"batch": (1, 1, 4), "sequence": (1, 32, 64)}]
-MANY: list[Profile] = [*FEW, {"batch": (1, 4, 4), "sequence": (1, 1280, 1280)}]
-
-
-def dialect_for(processors: int, profiles: list[Profile]) -> Dialect:
-    return tensorrt_dialect(lambda op: True, device=Device(processors, profiles))
-
-
-@pytest.mark.parametrize("bias", ["", ", bias=%b"], ids=["alone", "bias"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_a_long_sum_with_few_tiles_is_taken_in_parts(bias: str, sizes: Mapping[str, int]) -> None:
-    graph = graph_of(LINEAR.format(bias))
-    for name in "wb":
-        own = graph.weights[name].load()
-        graph.weights[name] = Weight.of(own / 32)
-    model = emit(graph, dialect_for(132, FEW))
-    ops = [node.op_type for node in model.graph.node]
-    assert (ops.count("MatMul"), ops.count("ReduceSum")) == (1, 1)
-    inputs = inputs_of(graph, dict(sizes))
-    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-2)
-
-
-@pytest.mark.parametrize(("parts", "fits"), [(True, False), (False, True)])
-def test_parts_that_half_precision_does_not_hold(parts: bool, fits: bool) -> None:
-    """1024 times 100 is more than 65,504: what split_sums says of itself. By the reference, which rounds where the model does."""
-    graph = graph_of(LINEAR.format(""))
-    row = torch.cat([torch.full((1024,), 1.0), torch.full((1024,), -1.0)])
-    graph.weights["w"] = Weight.of(row.expand(64, 2048).half().contiguous())
-    device = Device(132, FEW if parts else MANY)
-    dialect = tensorrt_dialect(lambda op: True, device=device, accumulate="long")
-    with np.errstate(over="ignore", invalid="ignore"):
-        (got,) = run_reference(emit(graph, dialect), {"x": torch.full((1, 1, 2048), 100.0).half()})
-    assert bool((got == 0).all()) == fits
-
-
-@pytest.mark.parametrize("profiles", [FEW, MANY], ids=["parts", "whole"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_sums_in_fp32_are_products_between_casts(profiles: list[Profile], sizes: Mapping[str, int]) -> None:
-    dialect = tensorrt_dialect(lambda op: True, device=Device(132, profiles), accumulate="long")
-    graph = graph_of(LINEAR.format(", bias=%b"))
-    inputs = inputs_of(graph, dict(sizes))
-    model = emit(graph, dialect)
-    ops = [node.op_type for node in model.graph.node]
-    assert (ops.count("MatMul"), ops.count("Cast"), ops.count("ReduceSum")) == (
-        1,
-        0 if profiles is FEW else 3,
-        int(profiles is FEW),
-    )
-    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-1)  # of sums of 2048 products
-    body = LINEAR.format("").replace("f16", "f32")
-    assert Emitter(graph_of(body), dialect).used_forms == {"whole": 1}
-
-
-@pytest.mark.parametrize(
-    ("changes", "processors", "profiles", "reason"),
-    [
-        ({}, 132, MANY, "enough tiles"),
-        ({}, 1, FEW, "enough tiles"),
-        ({"2048": "2046"}, 132, FEW, "a short sum"),
-        ({"2048": "1024"}, 132, FEW, "a short sum"),
-        ({"f16": "f32"}, 132, FEW, "fp32"),
-    ],
-)
-def test_other_linears_stay_whole(
-    changes: dict[str, str], processors: int, profiles: list[Profile], reason: str
-) -> None:
-    body = LINEAR.format("")
-    for old, new in changes.items():
-        body = body.replace(old, new)
-    graph = graph_of(body)
-    dialect = dialect_for(processors, profiles)
-    assert Emitter(graph, dialect).used_forms == {"whole": 1}
-    (node,) = graph.nodes
-    with pytest.raises(Unsupported, match=reason):
-        dialect.forms["aten.linear"]["parts"](Emitter(graph, dialect), node)
-
-
-INTEGERS = """
-    input %x: f16[batch, sequence, 2048]
-    weight %s: f16[]
-    weight %w: i8[64, 2048]
-    weight %z: f16[64]
-    weight %b: f16[64]
-    %q: i8[batch, sequence, 2048] = graphopt.quantize.default(x=%x, scale=%s, dtype=i8)
-    %y: f16[batch, sequence, 64] = graphopt.static_linear.default(x=%q, x_scale=%s, weight=%w, scale=%z{0})
-    output y = %y
-"""
-
-
-def graph_of_integers(bias: str = "", changes: Mapping[str, str] | None = None) -> Graph:
-    body = INTEGERS.format(bias)
-    for old, new in (changes or {}).items():
-        body = body.replace(old, new)
-    graph = graph_of(body)
-    whole = graph.weights["w"].load()
-    weights = {
-        "s": torch.tensor(1 / 32).half(), "z": (torch.rand(64) / 1024).half(),
-        "w": torch.randint(-127, 128, whole.shape).to(whole.dtype),
-    }  # fmt: skip
-    graph.weights.update({name: Weight.of(tensor) for name, tensor in weights.items()})
-    return graph
-
-
-@pytest.mark.parametrize("bias", ["", ", bias=%b"], ids=["alone", "bias"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_a_long_sum_of_integers_with_few_tiles_is_taken_in_parts(bias: str, sizes: Mapping[str, int]) -> None:
-    graph = graph_of_integers(bias)
-    model = emit(graph, dialect_for(132, FEW))
-    ops = [node.op_type for node in model.graph.node]
-    assert (ops.count("MatMul"), ops.count("ReduceSum"), ops.count("DequantizeLinear")) == (1, 1, 2)
-    inputs = inputs_of(graph, dict(sizes))
-    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "processors", "profiles", "reason"),
-    [
-        ({}, 132, MANY, "enough tiles"),
-        ({"2048": "1024"}, 132, FEW, "a short sum"),
-        ({"i8": "f8e4m3"}, 132, FEW, "fp8"),
-    ],
-)
-def test_other_linears_of_integers_stay_whole(
-    changes: dict[str, str], processors: int, profiles: list[Profile], reason: str
-) -> None:
-    graph = graph_of_integers(changes=changes)
-    dialect = dialect_for(processors, profiles)
-    assert Emitter(graph, dialect).used_forms == {"integers": 1}
-    with pytest.raises(Unsupported, match=reason):
-        dialect.forms["graphopt.static_linear"]["integers in parts"](Emitter(graph, dialect), list(graph.nodes)[-1])
 
 
 # Profiles

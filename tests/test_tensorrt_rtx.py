@@ -25,7 +25,8 @@ from graphopt.backends.tensorrt.options import Options, profiles_of
 from graphopt.errors import BackendError, PipelineError
 from graphopt.ir import types_of
 from graphopt.sources import Source, transformers_source
-from tests.test_tensorrt import LINEAR, graph_of, graph_of_integers
+from tests.test_tensorrt import graph_of
+from tests.test_tensorrt_linears import LINEAR, graph_of_integers
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed (make env does)"
