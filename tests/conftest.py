@@ -13,6 +13,7 @@ from graphopt.ir import Graph
 from graphopt.pipeline import Context, Pass
 from graphopt.schemas.report import PassReport
 from graphopt.text import parse
+from tests.texts import bytes_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def kept_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test keeps in the user's cache, no other finds there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with a token for each byte."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bytes_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

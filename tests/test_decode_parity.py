@@ -33,7 +33,8 @@ from graphopt.runtime.engine import Engine
 from graphopt.schemas.report import DecodeDifference, DecodeParity
 from graphopt.sources import Source, transformers_source
 from graphopt.testing import assert_decodes
-from tests.test_generation import CACHES, LONGEST, PROMPTS, VOCABULARY, bytes_tokenizer, llama
+from tests.test_generation import CACHES, LONGEST, PROMPTS, VOCABULARY, llama
+from tests.texts import bytes_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the models are too small for several
 

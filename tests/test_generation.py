@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import graphopt
@@ -18,6 +17,7 @@ from graphopt.cli import app
 from graphopt.errors import EngineError, InputError
 from graphopt.runtime import Decoder, Generator
 from graphopt.runtime.detokenize import TextStream
+from tests.texts import bytes_tokenizer
 
 VOCABULARY, LONGEST = 300, 48
 CACHES: dict[str, dict[str, Any]] = {
@@ -34,15 +34,6 @@ def llama() -> Any:
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-def bytes_tokenizer() -> Any:
-    """A token for each byte."""
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from graphopt.runtime.encoding import batched, read_source
 from graphopt.runtime.engine import Engine
 from graphopt.runtime.generation import configured
 from graphopt.sources import Source, transformers_source
-from tests.test_generation import bytes_tokenizer
+from tests.texts import bytes_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the models are too small for several
 
