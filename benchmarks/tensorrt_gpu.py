@@ -189,13 +189,16 @@ def encoder(results: Results, layers: int, kernels: bool, wanted: Sequence[str],
     """``wanted``: engines by their names, in this order; ``shapes``: those that are timed."""
     with tempfile.TemporaryDirectory() as folder:
         made = Encoder(layers, Path(folder))
+        builds = engines_of(made)
+        unknown = [name for name in wanted if name not in (TORCH, *builds)]
+        if unknown:
+            raise SystemExit(f"no engine is called {', '.join(unknown)}; there are {'; '.join((TORCH, *builds))}")
         times: dict[str, dict[Shape, float]] = {}
         if TORCH in wanted:
             times[TORCH] = latencies(torch.compile(made.half, mode="reduce-overhead", dynamic=False), shapes)
             print(TORCH, times[TORCH], flush=True)
         counts = Table("Kernels of the first profile, by the inspector", "engine")
         off = {"torch fp16": made.offs(made.half)}
-        builds = engines_of(made)
         for name in wanted:
             if name == TORCH:
                 continue
