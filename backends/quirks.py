@@ -43,7 +43,7 @@ def _masked_multi_head_attention(node: Node, form: str) -> bool:
 
 
 def _integers_of_attention(node: Node, form: str) -> bool:
-    if node.op != "graphopt.static_linear.default" or form != "integers":
+    if node.op != "graphopt.static_linear.default" or not form.startswith("integers"):
         return False
     made = node.args["x"].producer
     while made is not None and (made.op in _MOVES or made.op == "graphopt.quantize.default"):

@@ -26,6 +26,7 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     standard_passes: ClassVar[tuple[Mapping[str, Any], ...]] = ({"kind": "canonicalize", "allow_no_match": True},)
+    takes: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def versions(cls) -> dict[str, str]:

@@ -20,6 +20,7 @@ from graphopt.schemas.common import Schema
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.schemas.report import TacticReport
+from graphopt.tensors import DimRange
 
 BACKENDS = "graphopt.backends"  # the entry point group
 
@@ -51,9 +52,23 @@ class Backend(ABC):
     name: ClassVar[str]
     #: Passes that suit the target, in order, where the pipeline names none.
     standard_passes: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    #: What of the target it heeds, beside its name and ``tactics``, which are fixed where nothing is timed.
+    takes: ClassVar[frozenset[str]] = frozenset({"options"})
 
     def __init__(self, target: TargetConfig) -> None:
+        """PipelineError if something is asked for that it does not heed."""
         self.target = target
+        for name, known in TargetConfig.model_fields.items():
+            default = known.get_default(call_default_factory=True)
+            if name not in ("backend", "tactics", *self.takes) and getattr(target, name) != default:
+                raise PipelineError(
+                    f"backend: {target.backend} has no {name}",
+                    where=f"target.{name}",
+                    hint=f"leave it out; there is {' and '.join(sorted(self.takes)) or 'nothing to set'}",
+                )
+
+    def check_dims(self, dims: Mapping[str, DimRange]) -> None:  # noqa: B027  # most have no such options
+        """PipelineError if options are about sizes that the model, whose dims these are, has not."""
 
     def options_as(self, schema: type[S]) -> S:
         """``target.options``, read. PipelineError names the one that is wrong."""

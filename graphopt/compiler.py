@@ -173,6 +173,7 @@ def _compile(
                 override=build.parity, force=build.force, instruments=[*instruments, announcer],
             )  # fmt: skip
         with build.part("build"):
+            build.backend.check_dims(graph.dims)
             built = build.backend.build(graph, folder, build.progress)
             if graph.prologue is not None:
                 _build_prologue(build, graph.prologue, folder / artifact.PROLOGUE)
@@ -378,7 +379,8 @@ def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
         raise ParityError(
             f"the model has no output {', '.join(sorted(missing))}", hint="is it the model the engine was made of?"
         )
-    stage = engine.manifest.report.engine
+    report = engine.manifest.report
+    stage = report.engine or report.emitted  # an engine that was built for another machine was proven by its model
     contract: Contract = Exact()
     if stage is not None and stage.contract != "exact":
         contract = Budget(metric=stage.metric, limit=stage.limit)

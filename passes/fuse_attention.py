@@ -34,7 +34,9 @@ from graphopt.rewrite import Build, Match, Refused, RewriteLog, Rule, near_miss,
 
 
 class FuseSdpa(Rule):
-    """scaled_dot_product_attention(q, k, v, mask)  ->  attention(q, k, v, bias=mask)"""
+    """scaled_dot_product_attention(q, k, v, mask)  ->  attention(q, k, v, bias=mask)
+
+    Without ``enable_gqa`` there are as many heads of keys as of queries, or one that is broadcast to all."""
 
     def pattern(self, op: Ops, q: TensorHole, k: TensorHole, v: TensorHole) -> Any:
         return op.scaled_dot_product_attention(q, k, v, ...)
@@ -44,7 +46,6 @@ class FuseSdpa(Rule):
         dims = m.dims(q="b h s d", k="b n t d", v="b n t e")
         _require_no_widening(args["attn_mask"], dims)
         require(args["dropout_p"] == 0, "it has dropout")
-        require(args["enable_gqa"] or dims["h"] == dims["n"], "q and k differ in heads without enable_gqa")
         scale = args["scale"]
         if scale is None:
             require(isinstance(dims["d"], int), "the default scale of a dynamic head size")

@@ -62,6 +62,13 @@ class RemovePadding(Pass):
         return self
 
     def run(self, graph: Graph, context: Context) -> RewriteLog:
+        if self.attention == "packed":
+            trial = self._rewrite(graph.clone())
+            if "attention" not in trial.matches:  # nothing of what was asked for
+                return RewriteLog(refusals=trial.refusals)
+        return self._rewrite(graph)
+
+    def _rewrite(self, graph: Graph) -> RewriteLog:
         log = RewriteLog()
         try:
             mask = _mask_of(graph)

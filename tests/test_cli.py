@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import graphopt
 from graphopt import cli
 
 FACTORY = """
@@ -193,8 +194,7 @@ def test_interrupt_leaves_nothing(place: Path) -> None:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-        if process.returncode == 0:
-            continue  # it was done before the signal came
-        assert "Traceback" not in stderr
-        assert not (place / out).exists()
+        assert process.returncode == 0 or "Traceback" not in stderr
+        if (place / out).exists():
+            graphopt.load(place / out)  # it was done before the signal came
         assert not list(place.glob(f".{out}*"))

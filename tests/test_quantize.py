@@ -363,7 +363,7 @@ def by_groups(weight: NDArray[np.float32], bits: int, group: int) -> tuple[NDArr
     scales = np.zeros((len(weight), groups), np.float32)
     for row, place in np.ndindex(len(weight), groups):
         part = weight[row, place * group : (place + 1) * group]
-        extreme = part[np.abs(part).argmax()]
+        extreme = part[np.argmax(np.abs(part))]
         scales[row, place] = (extreme if extreme else np.float32(1)) / np.float32(lowest)
         numbers[row, place, : len(part)] = np.clip(np.rint(part / scales[row, place]), lowest, -lowest - 1)
     return numbers, scales

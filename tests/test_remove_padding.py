@@ -14,7 +14,7 @@ from torch.nn import functional
 import graphopt
 from graphopt import attentions
 from graphopt.eager import eager
-from graphopt.errors import LoweringError
+from graphopt.errors import LoweringError, NoMatchError
 from graphopt.execution import run
 from graphopt.ir import Graph
 from graphopt.ops.attention import pack_tokens, packed_attention, unpack_tokens
@@ -142,11 +142,43 @@ def test_packed_attention_is_equal_where_the_mask_is_set(batch: int, sequence: i
         ),
     ],
 )
-def test_attention_that_stays_unpacked(old: str, new: str, reason: str) -> None:
-    found = graph(BEFORE.replace(old, new))
-    (report,) = run_passes(found, [RemovePadding(attention="packed", padding="behind")])
+def test_nothing_is_done_where_no_attention_can_be_packed(old: str, new: str, reason: str) -> None:
+    text = BEFORE.replace(old, new)
+    found = graph(text)
+    step = RemovePadding(attention="packed", padding="behind")
+    with pytest.raises(NoMatchError, match=reason):
+        run_passes(found, [step])
+    (report,) = run_passes(found, [step.model_copy(update={"allow_no_match": True})])
     assert [refusal.reason for refusal in report.refusals] == [reason]
-    assert report.matches == {"pack": 2, "unpack": 2}
+    assert str(found) == str(graph(text))
+
+
+TWO_ATTENTIONS = BEFORE.replace(
+    "  output first",
+    """\
+  %m: f32[batch*sequence, 8] = aten.linear.default(input=%s, weight=%w)
+  %i: f32[batch, sequence, 2, 4] = aten.reshape.default(self=%m, shape=[batch, sequence, 2, 4])
+  %b: f32[batch, sequence, 2, 4] = graphopt.attention.default(q=%i, k=%i, v=%i, key_mask=%mask, scale=0.5, heads_last=True, \
+window_left=2)
+  %j: f32[batch*sequence, 8] = aten.reshape.default(self=%b, shape=[batch*sequence, 8])
+  %n: f32[batch*sequence, 8] = aten.add.Tensor(self=%j, other=%s)
+  %z: f32[batch, sequence, 8] = aten.reshape.default(self=%n, shape=[batch, sequence, 8])
+  output second = %z
+  output first""",
+)
+
+
+def test_an_attention_that_stays_unpacked_beside_another() -> None:
+    before = graph(TWO_ATTENTIONS)
+    after = before.clone()
+    (report,) = run_passes(after, [RemovePadding(attention="packed", padding="behind")])
+    assert report.matches == {"pack": 2, "unpack": 3, "attention": 1}
+    assert [refusal.reason for refusal in report.refusals] == ["packed attention has no window_left"]
+    for batch, sequence in ((2, 5), (3, 17)):
+        mask = torch.arange(sequence) < torch.randint(1, sequence + 1, (batch, 1))
+        inputs = {"x": torch.randn(batch, sequence, 8), "mask": mask}
+        expected, got = run(before, inputs), run(after, inputs)
+        torch.testing.assert_close(got["second"][mask], expected["second"][mask])
 
 
 def test_packed_attention_needs_a_promise_where_the_first_position_is_read() -> None:

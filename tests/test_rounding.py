@@ -56,9 +56,9 @@ def weights(draw: st.DrawFn) -> Floats:
 def ends_of(part: Floats, bits: int, symmetric: bool) -> tuple[float, float]:
     """Scale and zero of a group."""
     if symmetric:
-        extreme = float(part[np.abs(part).argmax()])
+        extreme = float(part[np.argmax(np.abs(part))])
         return (extreme or 1.0) / -(2 ** (bits - 1)), 2 ** (bits - 1)
-    low, high = min(0.0, float(part.min())), max(0.0, float(part.max()))
+    low, high = min(0.0, float(np.min(part))), max(0.0, float(np.max(part)))
     scale = (high - low or 1.0) / (2**bits - 1)
     return scale, round(-low / scale)
 

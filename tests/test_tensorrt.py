@@ -27,6 +27,7 @@ from graphopt.backends.tensorrt.options import (
     Options,
     Profile,
     for_two_rows,
+    hole_in,
     nearest_profile,
     profiles_of,
     shapes_in,
@@ -165,21 +166,58 @@ def test_profiles_may_be_given() -> None:
     assert nearest_profile(list(own), {"batch": 1, "sequence": 9}) == 1
 
 
+def test_profiles_of_an_encoder_are_of_its_own_sizes() -> None:
+    """Options are a decoder's, which has a size more."""
+    graph = load(program(TOKENS + "    " + BERT))
+    shapes = tuple({"batch": 1, "sequence": 16, "decoder_sequence": size} for size in (1, 8))
+    exact = {"batch": (1, 1, 1), "sequence": (16, 16, 16)}
+    assert found_in(graph, Options(shapes=shapes)) == [exact, {"batch": (1, 1, 4), "sequence": (2, 64, 64)}]
+    own: Any = {"batch": (1, 1, 4), "sequence": (2, 8, 64)}
+    assert found_in(graph, Options(profiles=({**own, "decoder_sequence": (1, 1, 9)},))) == [own]
+
+
+@pytest.mark.parametrize("expected", [(), ({"batch": 1, "sequence": 8},), ({"batch": 2, "sequence": 1},)], ids=str)
+def test_a_decoder_has_a_profile_for_single_tokens(expected: tuple[dict[str, int], ...]) -> None:
+    """But for one that is asked for."""
+    graph = load(program(TOKENS.replace("[2, 64]", "[1, 64]") + "    " + BERT))
+    layout = cast(CacheLayout, SimpleNamespace(max_length=64, window=None, sequence="sequence"))
+    made = profiles_of(types_of(graph.inputs), graph.dims, Options(shapes=expected), layout)
+    assert [profile["sequence"] for profile in made].count((1, 1, 1)) == 1
+    assert len(made) == 2 + len(expected) - any(shape["sequence"] == 1 for shape in expected)
+
+
+@pytest.mark.parametrize(
+    ("profiles", "hole"),
+    [
+        ([(1, 4, 2, 64)], None),
+        ([(1, 2, 2, 64), (3, 4, 2, 64)], None),
+        ([(1, 4, 2, 16), (1, 1, 17, 64)], {"batch": 2, "sequence": 17}),
+        ([(1, 2, 2, 64), (1, 4, 8, 64)], {"batch": 3, "sequence": 2}),
+    ],
+)
+def test_sizes_that_fit_no_profile_are_found(profiles: list[tuple[int, ...]], hole: dict[str, int] | None) -> None:
+    """By trying all of them, too."""
+    graph = load(program(TOKENS + "    " + BERT))
+    made: list[Profile] = [{"batch": (a, a, b), "sequence": (c, c, d)} for a, b, c, d in profiles]
+    assert hole_in(graph.dims, made) == hole
+    sizes = [{"batch": batch, "sequence": long} for batch in range(1, 5) for long in range(2, 65)]
+    assert any(nearest_profile(made, each) is None for each in sizes) == (hole is not None)
+
+
+BATCH = {"batch": (1, 1, 4)}
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"shapes": [{"batch": 1, "sequenc": 8}]}, "the model has no size 'sequenc'"),
         ({"shapes": [{"batch": 1}]}, "no size for sequence"),
         ({"shapes": [{"batch": 5, "sequence": 8}]}, "batch = 5 is outside"),
         ({"profiles": [{"batch": (1, 1, 1)}]}, "no size for sequence"),
-        (
-            {"profiles": [{"batch": (1, 1, 4), "sequence": (2, 8, 32)}]},
-            "and the profiles 2 to 32",
-        ),
-        (
-            {"profiles": [{"batch": (1, 1, 4), "sequence": (4, 8, 64)}]},
-            "and the profiles 4 to 64",
-        ),
+        ({"profiles": [{**BATCH, "sequence": (2, 8, 32)}]}, "and no profile takes 33"),
+        ({"profiles": [{**BATCH, "sequence": (4, 8, 64)}]}, "and no profile takes 2"),
+        ({"profiles": [{**BATCH, "sequence": (2, 8, 8)}, {**BATCH, "sequence": (12, 12, 64)}]}, "no profile takes 9"),
+        ({"profiles": [{"batch": (1, 300, 400), "sequence": (2, 8, 64)}]}, "and a profile is for 400"),
+        ({"profiles": [{"batch": (0, 1, 4), "sequence": (2, 8, 64)}]}, "and a profile is for 0"),
     ],
 )
 def test_sizes_that_are_refused(options: dict[str, Any], reason: str) -> None:
@@ -188,13 +226,25 @@ def test_sizes_that_are_refused(options: dict[str, Any], reason: str) -> None:
         found_in(graph, Options.model_validate(options))
 
 
+@pytest.mark.parametrize("dims", [TOKENS, ""], ids=["dims", "none"])
+@pytest.mark.parametrize("given", [{"shapes": [{"sequenc": 8}]}, {"profiles": [{"sequenc": (1, 1, 1)}]}], ids=str)
+def test_sizes_that_the_model_has_not_are_refused(dims: str, given: dict[str, Any]) -> None:
+    backend = TensorRtBackend(TargetConfig(backend="tensorrt", options=given))
+    with pytest.raises(PipelineError, match="the model has no size 'sequenc'") as error:
+        backend.check_dims(load(program(dims + "    input %x: f32[2]\n    output y = %x\n")).dims)
+    assert error.value.hint is not None
+    assert ("sequence" if dims else "all fixed") in error.value.hint
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"fp16": True}, "no option 'fp16'"),
         ({"shapes": [{"a": 1}], "profiles": [{"a": (1, 1, 1)}]}, "exclude each other"),
         ({"profiles": [{"a": (2, 1, 3)}]}, r"a: \[2, 1, 3\] is not smallest, expected, largest"),
+        ({"profiles": []}, "none are given"),
         ({"workspace": 0}, "greater than or equal to 1"),
+        ({"workspace": 10**13}, "less than or equal to"),
         ({"optimization_level": 6}, "less than or equal to 5"),
         ({"split_sums": True, "accumulate": "fp32"}, "split_sums adds up parts in half precision"),
         ({"compute_capabilities": ["8.9"]}, "compute_capabilities are for backend: tensorrt_rtx"),
@@ -203,6 +253,19 @@ def test_sizes_that_are_refused(options: dict[str, Any], reason: str) -> None:
 def test_options_that_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(PipelineError, match=reason):
         TensorRtBackend(TargetConfig(backend="tensorrt", options=options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"version_compatible": True}, {"hardware_compatible": True}, {"packed_padding": "behind"}, {"timing_cache": "t"}],
+    ids=str,
+)
+def test_options_of_the_other_library_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    TensorRtBackend(TargetConfig(backend="tensorrt", options=options))
+    with pytest.raises(PipelineError, match=f"{name} is for backend: tensorrt") as error:
+        TensorRtRtxBackend(TargetConfig(backend="tensorrt_rtx", options=options))
+    assert error.value.where == f"target.options.{name}"
 
 
 # Recorded calls

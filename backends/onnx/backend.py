@@ -60,6 +60,7 @@ class OnnxBackend(Backend):
 
     name: ClassVar[str] = "onnx"
     standard_passes = STANDARD_PASSES
+    takes: ClassVar[frozenset[str]] = frozenset()
     dialect: ClassVar[Dialect] = STANDARD
 
     @classmethod

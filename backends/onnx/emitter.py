@@ -63,7 +63,11 @@ class Table(dict[str, Lowering]):
 
 
 class Unsupported(Exception):
-    """A form that cannot express a node, and why. The emitter tries the next one."""
+    """A form that cannot express a node, why, and what to do. The emitter tries the next one."""
+
+    def __init__(self, reason: str, hint: str | None = None) -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -356,7 +360,7 @@ class Emitter:
         self._origin, self._scope = "", "shapes"
 
     def _lowered(self, node: Node) -> Lowered:
-        name = packet(node)
+        name, hint = packet(node), "add a lowering for it, or rewrite it in a pass before"
         reasons = []
         for form, lowering in self._candidates(node):
             faults = (quirk for quirk in self.dialect.quirks if quirk.action != "widen")
@@ -365,7 +369,9 @@ class Emitter:
                 raise LoweringError(f"{name}: {fault.text} ({fault.reference})", where=node.where)
             if fault is not None:
                 reasons.append(f"{form}: {fault.text} ({fault.reference})")
-                self.avoided.setdefault(fault, []).append(node.where)
+                places = self.avoided.setdefault(fault, [])
+                if node.where not in places[-1:]:  # once for all forms
+                    places.append(node.where)
                 continue
             mark = len(self._nodes), len(self._initializers), len(self._journal)
             try:
@@ -373,6 +379,7 @@ class Emitter:
             except Unsupported as reason:
                 self._take_back(*mark)
                 reasons.append(f"{form}: {reason}" if form else str(reason))
+                hint = reason.hint or hint
                 continue
             if form:
                 self.used_forms[form] = self.used_forms.get(form, 0) + 1
@@ -381,7 +388,7 @@ class Emitter:
             f"{name} cannot be expressed in the {self.dialect.name} dialect"
             + (f" ({'; '.join(reasons)})" if reasons else ""),
             where=node.where,
-            hint="add a lowering for it, or rewrite it in a pass before",
+            hint=hint,
         )
 
     def _take_back(self, nodes: int, initializers: int, journal: int) -> None:

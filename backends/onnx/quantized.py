@@ -9,7 +9,6 @@ import torch
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Table, Unsupported
 from graphopt.dims import Dim
 from graphopt.ir import Node, Value
-from graphopt.tensors import TensorType, Weight
 
 QUANTIZED = Table()
 lowers = QUANTIZED.lowers
@@ -70,24 +69,6 @@ def integer_product(
     """Quantized ``x`` by a weight ``[N, K]`` with ``scale`` and ``zero`` ``[N]``."""
     own = e.op("DequantizeLinear", e.value(x), e.value(x_scale), zeros(e, x_scale, x.type.dtype))
     return e.op("MatMul", own, turned(e, e.op("DequantizeLinear", weight, scale, zero, axis=0)))
-
-
-def static_linear_of_floats(e: Emitter, node: Node) -> Lowered:
-    """The product of what was quantized, by the dequantized weight: for targets that take this one in few bits only."""
-    made, weight, scale = node.args["x"].producer, node.args["weight"], node.args["scale"]
-    if made is None or made.op != "graphopt.quantize.default" or not (e.is_weight(weight) and e.is_weight(scale)):
-        raise Unsupported("an operand that is not quantized here")
-    dtype = node.output.type.dtype
-    numbers, steps = e.graph.weights[weight.name], e.graph.weights[scale.name]
-
-    def floats() -> torch.Tensor:
-        return (numbers.load().float() * steps.load().float().reshape(-1, 1)).to(dtype).T.contiguous()
-
-    shape = weight.type.shape[::-1]
-    own = e.once(
-        ("floats", weight.name), lambda: e.external(f"{weight.name}.floats", Weight(TensorType(dtype, shape), floats))
-    )
-    return with_bias(e, e.op("MatMul", e.value(made.args["x"]), own), node.args["bias"])
 
 
 @lowers("graphopt.dynamic_linear")

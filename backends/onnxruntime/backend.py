@@ -96,6 +96,7 @@ class OnnxRuntimeBackend(Backend):
     """ONNX Runtime on CPU, CUDA, TensorRT or TensorRT-RTX, as far as the installed package has them."""
 
     name: ClassVar[str] = "onnxruntime"
+    takes: ClassVar[frozenset[str]] = frozenset({"provider", "threads", "options"})
     standard_passes = (*STANDARD_PASSES[:-2], {"kind": "merge_linears", "allow_no_match": True}, *STANDARD_PASSES[-2:])
 
     def __init__(self, target: TargetConfig) -> None:

@@ -23,7 +23,7 @@ from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, opened_plan,
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, load_plugins, parsed_ops
 from graphopt.backends.tensorrt.inspection import check_kernels, kernels_of, layers_of
 from graphopt.backends.tensorrt.linears import Device
-from graphopt.backends.tensorrt.options import Options, Profile, for_two_rows, profiles_of
+from graphopt.backends.tensorrt.options import Options, Profile, check_names, for_two_rows, hole_in, profiles_of
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import MissingBackendError, PipelineError
@@ -33,6 +33,7 @@ from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
+from graphopt.tensors import DimRange
 
 
 class TensorRtBackend(Backend):
@@ -40,6 +41,10 @@ class TensorRtBackend(Backend):
 
     name: ClassVar[str] = "tensorrt"
     flavour: ClassVar[Flavour] = TENSORRT
+    #: Options that it has not, and why.
+    unheeded: ClassVar[Mapping[str, str]] = {
+        "compute_capabilities": "compute_capabilities are for backend: tensorrt_rtx; tensorrt builds for the GPU that is here",
+    }
     standard_passes: ClassVar[tuple[Mapping[str, Any], ...]] = tuple(
         step for step in STANDARD_PASSES if step["kind"] not in ("heads_last", "flatten_tokens")
     )
@@ -47,11 +52,12 @@ class TensorRtBackend(Backend):
     def __init__(self, target: TargetConfig) -> None:
         super().__init__(target)
         self.options = self.options_as(Options)
-        if self.options.compute_capabilities and not self.flavour.builds_without_gpu:
-            raise PipelineError(
-                "compute_capabilities are for backend: tensorrt_rtx; tensorrt builds for the GPU that is here",
-                where="target.options",
-            )
+        for name, why in self.unheeded.items():
+            if getattr(self.options, name) != Options.model_fields[name].default:
+                raise PipelineError(why, where=f"target.options.{name}")
+
+    def check_dims(self, dims: Mapping[str, DimRange]) -> None:
+        check_names(dims, self.options)
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -104,6 +110,10 @@ class TensorRtBackend(Backend):
         if self.unrunnable() is None:
             kernels = kernels_of(layers_of(trt, opened_plan(self.flavour, plan.data, folder / PLAN).engine))
         warnings = [f"{self.name}: {each}" for each in plan.warnings]
+        hole = hole_in(graph.dims, asked, layout_of(graph)) if graph.dims else None
+        if hole is not None:
+            sizes = ", ".join(f"{name} = {size}" for name, size in hole.items())
+            warnings.append(f"{self.name}: dims allow sizes that fit no profile: {sizes}, for one")
         for fault, places in (widened | emitter.avoided).items():
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
         if kernels:
@@ -157,6 +167,12 @@ class TensorRtRtxBackend(TensorRtBackend):
 
     name: ClassVar[str] = "tensorrt_rtx"
     flavour: ClassVar[Flavour] = RTX
+    unheeded: ClassVar[Mapping[str, str]] = {
+        "version_compatible": "TensorRT-RTX has no engines for later versions: version_compatible is for backend: tensorrt",
+        "hardware_compatible": "TensorRT-RTX builds for all its devices: hardware_compatible is for backend: tensorrt",
+        "packed_padding": "TensorRT-RTX has no packed tokens: packed_padding is for backend: tensorrt",
+        "timing_cache": "TensorRT-RTX times nothing when it builds: timing_cache is for backend: tensorrt",
+    }
 
 
 def _asked(graph: Graph, emitter: Emitter) -> dict[str, int]:

@@ -68,8 +68,11 @@ def build_plan(
     if stop.is_set():
         raise KeyboardInterrupt
     if plan is None:
+        given = sorted(options.model_fields_set - {"shapes", "profiles", "compute_capabilities"})
         raise BackendError(
-            f"{flavour.name} cannot build the engine: {said.why}", where=_origin_in(said.errors, origins)
+            f"{flavour.name} cannot build the engine: {said.why}",
+            where=_origin_in(said.errors, origins),
+            hint=f"is it one of target.options: {', '.join(given)}?" if given else None,
         )
     _save_timings(config, timings, cache)
     return Plan(bytes(plan), _kinds(network), said.warnings)

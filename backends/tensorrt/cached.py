@@ -20,12 +20,20 @@ from graphopt.backends.onnx.attention import Attention, softmax_of_products
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Unsupported
 from graphopt.ir import Node, Value
 
+#: What to do about ops between a cache and its attention.
+_REMEDIES = {
+    "aten.to.dtype": "insert_kv_cache: dtype: fp16, where cast comes later",
+    "graphopt.dequantize.default": "a static cache in int8 needs TensorRT 10.15; leave the cache's dtype out",
+}
+
 
 def new_rows(e: Emitter, node: Node) -> Lowered:
     """``graphopt.kv_cache_update`` as what it writes: ``[B, H, S, D]``. Attention reads the buffer and these rows."""
     readers = [user.op for user in node.outputs[0].users if user.op != "graphopt.attention.default"]
     if readers:
-        raise Unsupported(f"{readers[0]} reads a cache, of which there are only the new rows")
+        raise Unsupported(
+            f"{readers[0]} reads a cache, of which there are only the new rows", _REMEDIES.get(readers[0])
+        )
     if not e.graph.is_output(node.outputs[0]):
         raise Unsupported("a cache that is no output")
     return e.value(node.args["new"])

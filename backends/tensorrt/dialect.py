@@ -12,7 +12,7 @@ from graphopt.backends.onnx.dialects import OPSET, STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Lowered, Lowering, Unsupported
 from graphopt.backends.quirks import Quirk
 from graphopt.backends.tensorrt.cached import new_rows, over_buffers, without_buffers
-from graphopt.backends.tensorrt.linears import Device, linears, static_linears
+from graphopt.backends.tensorrt.linears import Device, linears, packed_weights, static_linears
 from graphopt.backends.tensorrt.options import Accumulate, PackedPadding
 from graphopt.backends.tensorrt.packed import packed_before_padding, unpacked
 from graphopt.backends.tensorrt.plugin_attention import plugin_attention
@@ -34,7 +34,11 @@ def tensorrt_dialect(
     """The dialect of an importer. ``parses``: whether it knows an op; ``device``: what linears are to fill, if that is known;
     ``accumulate``: what they are summed in; ``padding``: what becomes of it where tokens are packed, if the importer has a plugin
     for their attention."""
-    lowerings: dict[str, Lowering] = {**STANDARD.lowerings, **_WITHOUT_INTEGERS}
+    lowerings: dict[str, Lowering] = {**STANDARD.lowerings, **_REFUSED}
+    for op in ("graphopt.packed_linear", "graphopt.unpack_rows"):
+        lowerings[op] = packed_weights(STANDARD.lowerings[op])
+    if not parses("NonZero"):
+        lowerings |= dict.fromkeys(("graphopt.pack_tokens", "graphopt.unpack_tokens"), _NO_PACKING)
     forms: dict[str, Lowering] = {"products": products}
     if parses("Attention"):
         forms = {"attention": _attention, **forms}
@@ -52,7 +56,7 @@ def tensorrt_dialect(
     opset = OPSET if parses("RMSNormalization") else OLD_OPSET
     forms_of = {
         "graphopt.attention": forms,
-        "graphopt.static_linear": static_linears(device),
+        "graphopt.static_linear": static_linears(device, accumulate),
         "aten.linear": linears(device, accumulate),
     }
     return Dialect(name, {"": opset}, lowerings, forms_of, quirks)
@@ -76,18 +80,24 @@ def _attention(e: Emitter, node: Node) -> Lowered:
     return a.from_heads_first(e, e.op("Attention", *parts, mask, **attributes))
 
 
-def _refused(reason: str) -> Lowering:
+def _refused(reason: str, hint: str | None = None) -> Lowering:
     def lower(e: Emitter, node: Node) -> Lowered:
-        raise Unsupported(reason)
+        raise Unsupported(reason, hint)
 
     return lower
 
 
-_WITHOUT_INTEGERS: dict[str, Lowering] = {
+_REFUSED: dict[str, Lowering] = {
     "graphopt.dynamic_linear": _refused(
-        "TensorRT has no integer products of inputs that are scaled when they run: quantize with scheme: int8_static"
+        "TensorRT has no integer products of inputs that are scaled when they run", "quantize with scheme: int8_static"
+    ),
+    "graphopt.cached_attention": _refused(
+        "an op of ONNX Runtime's, which TensorRT has not", "leave fuse_cached_attention out"
     ),
 }
+_NO_PACKING = _refused(
+    "TensorRT-RTX has nothing to leave padding out with", "remove_padding is for backend: tensorrt or onnxruntime"
+)
 
 
 def _rms_norm(e: Emitter, node: Node) -> Lowered:

@@ -153,13 +153,17 @@ class TensorRtEngine(Engine):
             warnings.warn(f"{self.flavour.name} ran the engine, and says: {said.why}", stacklevel=2)
         return made
 
-    def context_for(self, env: Mapping[str, int]) -> Any:
-        """The execution context of the profile that sizes fit into."""
-        opened = self.opened()
+    def profile_for(self, env: Mapping[str, int]) -> int:
+        """The number of the profile that sizes fit into."""
         index = nearest_profile(self.profiles, env)
         if index is None:
             sizes = ", ".join(f"{name} = {size}" for name, size in env.items())
             raise InputError(f"{sizes} fit no profile of the engine", hint=f"profiles: {self.profiles}")
+        return index
+
+    def context_for(self, env: Mapping[str, int]) -> Any:
+        """The execution context of the profile that sizes fit into."""
+        opened, index = self.opened(), self.profile_for(env)
         key = index, threading.get_ident()
         if key not in opened.contexts:
             with listening(opened.library) as said:

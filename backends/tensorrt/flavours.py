@@ -53,6 +53,7 @@ RTX = Flavour(
 
 #: What the parser of TensorRT 10.6 has not, of the ops that the standard dialect uses.
 _SINCE = {"Attention": "10.14", "RMSNormalization": "10.14", "RotaryEmbedding": "10.14", "TensorScatter": "10.15"}
+_NOT_IN_RTX = {"NonZero"}
 
 
 def parsed_ops(flavour: Flavour) -> Callable[[str], bool]:
@@ -60,9 +61,9 @@ def parsed_ops(flavour: Flavour) -> Callable[[str], bool]:
     try:
         trt = flavour.module()
     except MissingBackendError:
-        return lambda op: op not in _SINCE or flavour.builds_without_gpu
+        return lambda op: op not in (_NOT_IN_RTX if flavour.builds_without_gpu else _SINCE)
     if flavour.builds_without_gpu:
-        return lambda op: True
+        return lambda op: op not in _NOT_IN_RTX
     version = Version(trt.__version__)
     return lambda op: op not in _SINCE or version >= Version(_SINCE[op])
 

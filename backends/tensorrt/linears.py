@@ -17,7 +17,7 @@ import torch
 
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Unsupported
 from graphopt.backends.onnx.lowerings import LOWERINGS
-from graphopt.backends.onnx.quantized import static_linear, static_linear_of_floats, turned, with_bias, zeros
+from graphopt.backends.onnx.quantized import static_linear, turned, with_bias, zeros
 from graphopt.backends.tensorrt.options import Accumulate, Profile
 from graphopt.dims import Size, evaluate
 from graphopt.ir import Node, Value
@@ -150,7 +150,48 @@ def linears(device: Device | None, accumulate: Accumulate) -> dict[str, Lowering
     return {**forms, "summed wide": summed_wide(accumulate), "whole": LOWERINGS["aten.linear"]}
 
 
-def static_linears(device: Device | None) -> dict[str, Lowering]:
+def of_floats(accumulate: Accumulate) -> Lowering:
+    """The product of what was quantized, by the dequantized weight: where this one must not be of few bits."""
+
+    def lower(e: Emitter, node: Node) -> Lowered:
+        made, weight, scale = node.args["x"].producer, node.args["weight"], node.args["scale"]
+        if made is None or made.op != "graphopt.quantize.default" or not (e.is_weight(weight) and e.is_weight(scale)):
+            raise Unsupported("an operand that is not quantized here")
+        dtype = node.output.type.dtype
+        numbers, steps = e.graph.weights[weight.name], e.graph.weights[scale.name]
+
+        def floats() -> torch.Tensor:
+            return (numbers.load().float() * steps.load().float().reshape(-1, 1)).to(dtype).T.contiguous()
+
+        own = TensorType(dtype, weight.type.shape[::-1])
+        name = f"{weight.name}.floats"
+        columns = e.once(("floats", weight.name), lambda: e.external(name, Weight(own, floats)))
+        wide = is_summed_wide(own.shape[0], dtype, accumulate)
+        return with_bias(e, product(e, e.value(made.args["x"]), columns, dtype, wide), node.args["bias"])
+
+    return lower
+
+
+def static_linears(device: Device | None, accumulate: Accumulate) -> dict[str, Lowering]:
     """The forms of a linear in few bits, by name."""
     forms: dict[str, Lowering] = {} if device is None else {"integers in parts": integers_in_parts(device)}
-    return {**forms, "integers": static_linear, "floats": static_linear_of_floats}
+    return {**forms, "integers": static_linear, "floats": of_floats(accumulate)}
+
+
+def packed_weights(lowering: Lowering) -> Lowering:
+    """What is made of packed weights, of which the importer dequantizes int4 by one number a group, and int8 by none that is
+    negative, as those of groups are."""
+
+    def lower(e: Emitter, node: Node) -> Lowered:
+        if node.args["bits"] == 8:
+            raise Unsupported("TensorRT dequantizes no int8 in groups whose scales may be negative", "bits: 4")
+        if node.args["zeros"] is not None or node.args["codebook"] is not None:
+            raise Unsupported(
+                "TensorRT dequantizes no weights with zero points or a codebook",
+                "quantize with scheme: weight_only, bits: 4 and symmetric: true",
+            )
+        if not e.is_weight(node.args["scales"]):
+            raise Unsupported("scales that are computed", "cast before quantize, or leave scales: fp16 out")
+        return lowering(e, node)
+
+    return lower

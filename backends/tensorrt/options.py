@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -20,6 +21,7 @@ Capability = Literal["7.5", "8.0", "8.6", "8.9", "12.0"]
 #: What linears of half precision are summed in.
 Accumulate = Literal["fp32", "long", "fastest"]
 PackedPadding = Literal["dropped", "behind"]
+T = TypeVar("T")
 _COMMON = 128  # what is expected of a size whose range says nothing else
 
 
@@ -30,11 +32,12 @@ class Options(Schema):
     """Sizes that are expected, by the names of dims: each gets a profile of its own, beside one for all that ``dims`` allows."""
     profiles: tuple[dict[str, tuple[int, int, int]], ...] | None = None
     """The profiles themselves: smallest, expected and largest size of each dim."""
-    workspace: Annotated[int, Field(ge=1)] | None = None
+    workspace: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     """The most scratch memory that a kernel may take, in MiB."""
     accumulate: Accumulate = "long"
     """What linears of half precision are summed in. ``fp32``: as eager PyTorch; ``fastest``: whatever the builder's fastest
-    kernels do, which may be half precision; ``long``: fp32 where sums are of 2048 features or more."""
+    kernels do, which may be half precision; ``long``: fp32 where sums are of 2048 features or more. (Linears of packed
+    weights are left to the builder.)"""
     packed_padding: PackedPadding = "dropped"
     """Where ``remove_padding`` packs tokens: padding is ``dropped``, and sizes depend on the data; or it goes ``behind`` all
     tokens, no size changes, calls can be CUDA graphs, and only attention takes less time."""
@@ -64,6 +67,8 @@ class Options(Schema):
             raise ValueError("profiles and shapes exclude each other")
         if self.split_sums and self.accumulate == "fp32":
             raise ValueError("split_sums adds up parts in half precision, and accumulate: fp32 asks for fp32")
+        if self.profiles == ():
+            raise ValueError("profiles: none are given: leave it out for one of all that dims allow")
         for profile in self.profiles or ():
             for name, (low, best, high) in profile.items():
                 if not 0 <= low <= best <= high:
@@ -75,54 +80,107 @@ def profiles_of(
     inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange], options: Options, layout: CacheLayout | None = None
 ) -> list[Profile]:
     """The profiles of an engine: those that are given, or one for each expected shape and one for all that ``dims`` allows.
-    A decoder with a static cache (``layout``) has one for single tokens as well.
+    A decoder with a static cache (``layout``) has one for single tokens as well. Of what is given, an engine takes the sizes that
+    it has: the encoder of a decoder has fewer.
 
-    PipelineError for sizes that are unknown, outside of their range, or without a largest number."""
+    PipelineError for sizes that are missing, outside of their range, or without a largest number."""
     if not dims:
         return [{}]
     if options.profiles is not None:
-        for profile in options.profiles:
-            _check_names(dims, profile, "target.options.profiles")
-        _check_ends(dims, options.profiles, layout)
-        return list(options.profiles)
-    for shape in options.shapes:
-        _check_names(dims, shape, "target.options.shapes")
-        for name, size in shape.items():
-            if size not in dims[name]:
-                raise PipelineError(f"{name} = {size} is outside {dims[name]}", where="target.options.shapes")
-    exact = [{name: (size, size, size) for name, size in shape.items()} for shape in options.shapes]
+        given: list[Profile] = [*_own(dims, options.profiles, "target.options.profiles")]
+        _check_ranges(dims, given, layout)
+        return given
+    shapes = _own(dims, options.shapes, "target.options.shapes")
+    for name, size in itertools.chain.from_iterable(shape.items() for shape in shapes):
+        if size not in dims[name]:
+            raise PipelineError(f"{name} = {size} is outside {dims[name]}", where="target.options.shapes")
+    exact = [{name: (size, size, size) for name, size in shape.items()} for shape in shapes]
     whole = _whole(inputs, dims)
     if layout is None or layout.max_length is None:
         return [*exact, whole]
     low, best, high = whole[layout.sequence]
     most = layout.window or high  # what buffers of windows take at once
     prefill = {**whole, layout.sequence: (low, min(best, most), most)}
-    decode = [{**whole, layout.sequence: (1, 1, 1)}] if low == 1 and not exact else []
+    is_expected = any(shape[layout.sequence] == 1 for shape in shapes)
+    decode = [{**whole, layout.sequence: (1, 1, 1)}] if low == 1 and not is_expected else []
     return [*exact, *decode, prefill]
 
 
-def _check_names(dims: Mapping[str, DimRange], given: Mapping[str, object], where: str) -> None:
-    for name in given:
-        if name not in dims:
-            raise PipelineError(f"the model has no size {name!r}", where=where, hint=nearest(name, dims))
-    missing = dims.keys() - given.keys()
-    if missing:
-        raise PipelineError(f"no size for {', '.join(sorted(missing))}", where=where)
+def check_names(dims: Mapping[str, DimRange], options: Options) -> None:
+    """PipelineError if sizes are given that a model has not."""
+    for where, given in (("profiles", options.profiles), ("shapes", options.shapes)):
+        for name in itertools.chain.from_iterable(given or ()):
+            if name not in dims:
+                hint = nearest(name, dims) if dims else "its sizes are all fixed"
+                raise PipelineError(f"the model has no size {name!r}", where=f"target.options.{where}", hint=hint)
 
 
-def _check_ends(dims: Mapping[str, DimRange], profiles: Sequence[Profile], layout: CacheLayout | None) -> None:
-    """The smallest and the largest size of each dim must be in some profile. (Not all of them at once: a long text may be
-    for small batches only.) Buffers of windows take no more at once than they hold."""
-    for name, bounds in dims.items():
+def _own(dims: Mapping[str, DimRange], given: Sequence[Mapping[str, T]], where: str) -> list[dict[str, T]]:
+    """Given sizes of the dims that there are, each once."""
+    found: list[dict[str, T]] = []
+    for sizes in given:
+        missing = dims.keys() - sizes.keys()
+        if missing:
+            raise PipelineError(f"no size for {', '.join(sorted(missing))}", where=where)
+        own = {name: sizes[name] for name in sizes if name in dims}
+        if own not in found:
+            found.append(own)
+    return found
+
+
+def _check_ranges(dims: Mapping[str, DimRange], profiles: Sequence[Profile], layout: CacheLayout | None) -> None:
+    """Profiles are of sizes that dims allow, and each size of a dim is in some profile. (Not each with all of the others: a long
+    text may be for small batches only.)"""
+    for name, taken in _taken(dims, profiles, layout).items():
+        bounds = dims[name]
         low, high = min(profile[name][0] for profile in profiles), max(profile[name][2] for profile in profiles)
-        is_windowed = layout is not None and layout.window is not None and name == layout.sequence
-        most = high if bounds.max is None or is_windowed else bounds.max
-        if low > bounds.min or high < most:
+        if low < bounds.min or (bounds.max is not None and high > bounds.max):
             raise PipelineError(
-                f"dims allow {name} in {bounds}, and the profiles {low} to {high}",
+                f"dims allow {name} in {bounds}, and a profile is for {low if low < bounds.min else high}",
+                where="target.options.profiles",
+                hint="widen dims, or narrow the profile",
+            )
+        hole = _hole({name: taken}, profiles)
+        if hole is not None:
+            raise PipelineError(
+                f"dims allow {name} in {bounds}, and no profile takes {hole[name]}",
                 where="target.options.profiles",
                 hint="narrow dims, or widen a profile",
             )
+
+
+def hole_in(
+    dims: Mapping[str, DimRange], profiles: Sequence[Profile], layout: CacheLayout | None = None
+) -> dict[str, int] | None:
+    """Sizes that dims allow together and that fit no profile, if there are any."""
+    return _hole(_taken(dims, profiles, layout), profiles)
+
+
+def _taken(
+    dims: Mapping[str, DimRange], profiles: Sequence[Profile], layout: CacheLayout | None
+) -> dict[str, tuple[int, int]]:
+    """What is to be taken of each dim: all that it allows, or, without an end, what profiles have. Buffers of windows take no
+    more at once than they hold."""
+    found = {}
+    for name, bounds in dims.items():
+        is_windowed = layout is not None and layout.window is not None and name == layout.sequence
+        most = max(profile[name][2] for profile in profiles)
+        found[name] = bounds.min, most if bounds.max is None or is_windowed else bounds.max
+    return found
+
+
+def _hole(taken: Mapping[str, tuple[int, int]], profiles: Sequence[Profile]) -> dict[str, int] | None:
+    """Sizes within ``taken`` that fit no profile: looked for where profiles begin, and behind their ends."""
+    starts = []
+    for name, (low, high) in taken.items():
+        edges = {low, *(profile[name][0] for profile in profiles), *(profile[name][2] + 1 for profile in profiles)}
+        starts.append(sorted(size for size in edges if low <= size <= high))
+    each = (dict(zip(taken, sizes, strict=True)) for sizes in itertools.product(*starts))
+    return next((sizes for sizes in each if not any(_fits(profile, sizes) for profile in profiles)), None)
+
+
+def _fits(profile: Profile, sizes: Mapping[str, int]) -> bool:
+    return all(profile[name][0] <= size <= profile[name][2] for name, size in sizes.items() if name in profile)
 
 
 def _whole(inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange]) -> Profile:
@@ -178,9 +236,5 @@ def nearest_profile(profiles: list[Profile], sizes: Mapping[str, int]) -> int | 
             off *= (larger + 1) / (smaller + 1)
         return off
 
-    fitting = [
-        index
-        for index, profile in enumerate(profiles)
-        if all(low <= sizes[name] <= high for name, (low, _, high) in profile.items())
-    ]
+    fitting = [index for index, profile in enumerate(profiles) if _fits(profile, sizes)]
     return min(fitting, key=lambda index: distance(profiles[index]), default=None)

@@ -42,6 +42,7 @@ class StandIn(TensorRtEngine):
     def enqueue(
         self, feeds: Mapping[str, Tensor], env: Mapping[str, int], results: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
+        self.profile_for(env)
         with running():
             found = self.session.run(list(self.outputs), {name: to_numpy(tensor) for name, tensor in feeds.items()})
         made = dict(results)
