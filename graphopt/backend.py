@@ -135,6 +135,12 @@ def backend_class(name: str) -> type[Backend]:
     return known[name]
 
 
+def refuse_options(name: str, options: Mapping[str, Any], known: str) -> None:
+    """PipelineError for options of loading that engines of a backend have not; ``known``: those that they have."""
+    if options:
+        raise PipelineError(f"the {name} engine has no option {', '.join(options)}", hint=known)
+
+
 def missing(package: str, extra: str) -> MissingBackendError:
     """The error of a backend whose package is not installed."""
     return MissingBackendError(f"{package} is not installed", hint=f"pip install 'graphopt[{extra}]'")

@@ -15,6 +15,7 @@ from graphopt.dims import Dim
 from graphopt.errors import PipelineError
 from graphopt.execution import bind_dims
 from graphopt.probes import ragged_mask
+from graphopt.runtime.cache import NEW_LENGTHS, PAST_LENGTHS
 from graphopt.runtime.engine import Engine
 from graphopt.tensors import DTYPE_NAMES
 
@@ -71,7 +72,8 @@ def _default_sizes(engine: Engine) -> list[dict[str, int]]:
 
 
 def example_inputs(engine: Engine, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Random inputs at ``sizes``: small positive integers, normal floats, the mask with ragged padding."""
+    """Random inputs at ``sizes``: small positive integers, normal floats, the mask with ragged padding, the beginning of texts
+    for a cache."""
     unknown = sizes.keys() ^ engine.dims.keys()
     if unknown:
         raise PipelineError(
@@ -81,7 +83,11 @@ def example_inputs(engine: Engine, sizes: dict[str, int]) -> dict[str, torch.Ten
     inputs = {}
     for name, type in engine.inputs.items():
         shape = tuple(size.evaluate(sizes) if isinstance(size, Dim) else size for size in type.shape)
-        if name == engine.manifest.mask:
+        if name in (PAST_LENGTHS, NEW_LENGTHS):
+            assert engine.layout is not None
+            length = 0 if name == PAST_LENGTHS else sizes[engine.layout.sequence]
+            inputs[name] = torch.full(shape, length, dtype=type.dtype)
+        elif name == engine.manifest.mask:
             inputs[name] = ragged_mask(shape, generator).to(type.dtype)
         elif type.dtype.is_floating_point:
             inputs[name] = torch.randn(shape, generator=generator).to(type.dtype)

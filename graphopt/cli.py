@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,20 @@ EngineDir = Annotated[Path, typer.Argument(help="An engine directory.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; by default one for each core.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(version("graphopt"), highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 def print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=1) + "\n")
 
@@ -38,7 +53,7 @@ def print_json(content: Any) -> None:
 def compile(
     pipeline: Annotated[Path, typer.Argument(help="A pipeline file (YAML): model, dims, passes, target, parity.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The engine directory to write.")],
-    force: Annotated[bool, typer.Option(help="Write down broken parity contracts instead of stopping.")] = False,
+    force: Annotated[bool, typer.Option(help="Write down broken contracts instead of stopping; exit code 0.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compile what a pipeline file declares into an engine directory."""
@@ -49,13 +64,9 @@ def compile(
     if as_json:
         print_json(compiled.manifest.model_dump(mode="json"))
         return
-    out.print(show.parity_table(compiled.report))
-    out.print(show.tactics_table(compiled.report))
-    out.print(show.layers_table(compiled.report))
-    out.print(show.sensitivity_table(compiled.report))
-    out.print(show.refusals_table(compiled.report))
-    out.print(show.remarks(compiled.report))
-    out.print(f"[bold green]written[/] {show.escape(str(output))}", show.escape(repr(compiled.engine)), highlight=False)
+    for part in show.build_parts(compiled.report):
+        out.print(part)
+    out.print(show.written_line(compiled.report, output, compiled.engine))
 
 
 @app.command()
@@ -86,7 +97,7 @@ def inspect(
         if as_json:
             print_json({"diff": difference.splitlines()})
         else:
-            out.print(show.diff(difference))
+            out.print(show.diff(difference), soft_wrap=True)
         return
     if as_json:
         print_json(show.graph_facts(graph, with_text=text, with_weights=weights, origins=origins))

@@ -18,7 +18,15 @@ from torch import nn
 from graphopt import artifact, attentions, models, operators
 from graphopt.backend import Backend, Built, Progress, backend_class, no_progress
 from graphopt.eager import eager, kept
-from graphopt.errors import BackendError, GraphError, MissingBackendError, ParityError, PipelineError, TracingError
+from graphopt.errors import (
+    BackendError,
+    GraphError,
+    MissingBackendError,
+    ModelError,
+    ParityError,
+    PipelineError,
+    TracingError,
+)  # fmt: skip
 from graphopt.ir import Graph
 from graphopt.models import load_model
 from graphopt.parity import Contract, Probe, bisect
@@ -38,7 +46,7 @@ from graphopt.probes import make_probes
 from graphopt.runtime.cache import compacted, take
 from graphopt.runtime.engine import Engine, spec_of
 from graphopt.schemas.manifest import Manifest
-from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig
+from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig, measure_text
 from graphopt.schemas.report import BuildReport, PassReport, StageParity
 from graphopt.sources import Source, transformers_source
 from graphopt.tensors import DimRange
@@ -56,6 +64,11 @@ class Compiled:
     @property
     def report(self) -> BuildReport:
         return self.manifest.report
+
+    def __repr__(self) -> str:
+        name, last = self.report.last
+        proof = "" if last is None else f", {name}: {last.metric} {measure_text(last.metric, last.worst)} from eager"
+        return f"<Compiled {self.folder}{proof}>"
 
 
 @dataclass
@@ -82,12 +95,18 @@ class _Build:
 def read_config(file: str | Path) -> PipelineConfig:
     """A pipeline file in YAML. PipelineError names the key that is wrong."""
     path = Path(file)
+    if path.is_dir():
+        raise PipelineError(
+            f"{path} is a directory, not a pipeline file", hint="a YAML file that says model: with the directory's path"
+        )
     if not path.is_file():
         raise PipelineError(f"there is no pipeline file {path}")
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise PipelineError(f"not YAML: {str(error).splitlines()[0]}", where=str(path)) from error
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f":{mark.line + 1}"
+        raise PipelineError(f"not YAML: {getattr(error, 'problem', None) or error}", where=f"{path}{line}") from error
     if not isinstance(content, dict):
         raise PipelineError("a pipeline file is a mapping with the key model", where=str(path))
     return parse_config(content, str(path))
@@ -126,7 +145,7 @@ def _beside(entry: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
 
 
 def compile(
-    model: str | Source,
+    model: str | Source | nn.Module,
     out: str | Path,
     *,
     passes: Sequence[Mapping[str, Any] | Pass] | None = None,
@@ -137,17 +156,20 @@ def compile(
     progress: Progress = no_progress,
     instruments: Sequence[Instrument] = (),
 ) -> Compiled:
-    """Compile a model (a name for :func:`graphopt.models.load_model`, or a Source) into the engine directory ``out``.
+    """Compile a model (a name for :func:`graphopt.models.load_model`, a Source, or a transformers model) into the engine
+    directory ``out``.
 
     ``passes``: declarations or Pass objects, by default the target's standard list. ``dims``: the range of each named
     size. ``parity``: a budget in place of the passes' own contracts. ``force``: write down broken contracts instead of
     stopping. Every pass and the engine are compared with the eager model on probe inputs; ParityError names the pass and
     the value that is wrong."""
+    if isinstance(target, str):
+        raise PipelineError(f"target is the text {target!r}", where="target", hint=f"target={{'backend': {target!r}}}")
     if not isinstance(target, TargetConfig):
         target = parse_config({"model": "-", "target": dict(target or {})}, "target").target
     backend = backend_class(target.backend)(target)
     steps = load_passes(backend.standard_passes if passes is None else passes)
-    source = load_model(model) if isinstance(model, str) else model
+    source = source_of(model)
     ranges = {name: DimRange(*bounds) for name, bounds in (dims or {}).items()}
     return _compile(_Build(source, backend, steps, parity, force, progress), Path(out), ranges, instruments)
 
@@ -362,7 +384,14 @@ def source_of(model: str | Source | nn.Module) -> Source:
     """A model's Source, from its name or a transformers module."""
     if isinstance(model, Source):
         return model
-    return load_model(model) if isinstance(model, str) else transformers_source(model)
+    if isinstance(model, str):
+        return load_model(model)
+    if not hasattr(model, "config"):
+        raise ModelError(
+            f"a {type(model).__name__} is no model of transformers, so its inputs are not known",
+            hint="graphopt.Source(module, inputs, axes): example inputs by name, and for each the names of its axes or None",
+        )
+    return transformers_source(model)
 
 
 def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:

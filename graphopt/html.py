@@ -44,13 +44,13 @@ from graphopt.html_views import (
     change_of,
     count_text,
     grouped,
-    number_text,
     seconds_text,
     signed_text,
     sizes_text,
     some_text,
 )
 from graphopt.schemas.manifest import Manifest
+from graphopt.schemas.pipeline import number_text
 from graphopt.schemas.report import AttentionReport, BuildReport, PassReport, StageParity, TacticReport
 
 Difference = tuple[float, str, str]  # largest absolute difference, output, sizes of the probe

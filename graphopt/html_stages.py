@@ -28,15 +28,12 @@ from graphopt.html_views import (
     bytes_text,
     change_of,
     count_text,
-    decibels_text,
     grouped,
-    measure_text,
-    number_text,
     seconds_text,
     sizes_text,
     some_text,
 )
-from graphopt.schemas.pipeline import HIGHER_IS_BETTER
+from graphopt.schemas.pipeline import HIGHER_IS_BETTER, decibels_text, measure_text, number_text
 from graphopt.schemas.report import BuildReport, PassReport, RefusalReport, StageParity
 
 #: The longest diff that is shown whole, in bytes.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from graphopt.schemas.pipeline import HIGHER_IS_BETTER
 from graphopt.schemas.report import Sensitivity
 
 #: The bar of a stage begins this many powers of ten below its limit, and ends one above.
@@ -285,24 +283,6 @@ def bytes_text(size: int) -> str:
 
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.2f}"
-
-
-def number_text(number: float) -> str:
-    """A difference: two digits, and a plain 0 where there is none."""
-    if math.isinf(number):
-        return "∞" if number > 0 else f"{MINUS}∞"
-    return f"{number:.1e}" if number else "0"
-
-
-def decibels_text(snr: float) -> str:
-    return number_text(snr) if math.isinf(snr) else f"{snr:.1f}"
-
-
-def measure_text(metric: str, value: float) -> str:
-    """A value in its metric's own form."""
-    if metric == "snr":
-        return f"{decibels_text(value)} dB"
-    return f"{value:.6f}" if metric in HIGHER_IS_BETTER else number_text(value)
 
 
 def change_of(name: str, before: int, after: int, show: Callable[[int], str] = count_text) -> Change:

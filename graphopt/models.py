@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import torch
 
@@ -42,11 +43,15 @@ def from_factory(spec: str) -> Source:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ModelError(f"cannot import {module_name!r}: {error}", where=spec) from error
+        raise ModelError(
+            f"cannot import {module_name!r}: {error}",
+            where=spec,
+            hint="put its folder into PYTHONPATH",
+        ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ModelError(
-            f"{module_name} has no function {attribute!r}", where=spec, hint=nearest(attribute, vars(module))
+            f"{module_name} has no function {attribute!r}", where=spec, hint=nearest(attribute, _functions(module))
         )
     made = factory()
     if isinstance(made, tuple) and len(made) == 3:
@@ -57,6 +62,10 @@ def from_factory(spec: str) -> Source:
         )
     made.module.eval()
     return made
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return [name for name, own in vars(module).items() if isinstance(own, FunctionType) and not name.startswith("_")]
 
 
 def from_directory(where: str | Path, name: str | None = None) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
+import re
 import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -25,7 +26,7 @@ from graphopt.rewrite import RewriteLog, Rule, apply_rules
 from graphopt.runtime.cache import CacheLayout, Call, as_if_uncached, last_step, layout_of
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.calibration import Calibration
-from graphopt.schemas.pipeline import Budget, Exact
+from graphopt.schemas.pipeline import Budget, Exact, measure_text
 from graphopt.schemas.report import LayerPrecision, PassReport, RefusalReport, StageParity
 from graphopt.sources import Source
 
@@ -149,6 +150,10 @@ def load_passes(
     known = known_passes() | dict(extra or {})
     steps = []
     for index, entry in enumerate(entries):
+        if not isinstance(entry, Pass | Mapping):
+            raise PipelineError(
+                f"{entry!r} is no pass", where=f"{file}, passes[{index}]", hint=f"{{'kind': {entry!r}}}"
+            )
         steps.append(entry if isinstance(entry, Pass) else _load_one(dict(entry), known, f"{file}, passes[{index}]"))
     check_order(steps, file, known)
     return steps
@@ -167,14 +172,29 @@ def _load_one(entry: dict[str, Any], known: Mapping[str, type[Pass]], where: str
 
 
 def validation_message(error: ValidationError, fields: Iterable[str]) -> str:
-    """The first thing wrong in pydantic's words, with the nearest right key for an unknown one."""
+    """The first thing wrong, mostly in pydantic's words, with the nearest right key or value for an unknown one."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+    key, kind = ".".join(str(part) for part in first["loc"]), first["type"]
+    said = str(first["msg"]).removeprefix("Value error, ")
+    if kind == "extra_forbidden":
         return f"there is no option {key!r}; {nearest(key, fields)}"
+    if kind == "missing":
+        return f"{key} is missing"
     if not key:  # of the whole, whose options would be all of the message
-        return str(first["msg"])
-    return f"{key}: {first['msg']} (got {reprlib.repr(first['input'])})"
+        return said
+    given = reprlib.repr(first["input"])
+    if kind in _SHAPES:
+        return f"{key}: must be {_SHAPES[kind]} (got {given})"
+    close = difflib.get_close_matches(str(first["input"]), re.findall(r"'([^']*)'", said), n=1, cutoff=0.5)
+    guess = f"; did you mean {close[0]!r}?" if kind == "literal_error" and close else ""
+    return f"{key}: {said} (got {given}){guess}"
+
+
+#: What YAML calls the kinds of values that pydantic names as Python does.
+_SHAPES = {
+    "tuple_type": "a list", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}  # fmt: skip
 
 
 def check_order(steps: Sequence[Pass], file: str, known: Mapping[str, type[Pass]]) -> None:
@@ -412,8 +432,9 @@ def single_run(graph: Graph, probe: Probe) -> Probe:
 def broken(stage: str, parity: StageParity, difference: Difference | None) -> ParityError:
     """The error of a stage that does not keep its contract."""
     where = str(difference) if difference else "in the outputs only: no inner value differs by itself"
+    worst, limit = (measure_text(parity.metric, value) for value in (parity.worst, parity.limit))
     return ParityError(
-        f"{stage} breaks its contract ({parity.contract}): {parity.metric} is {parity.worst:.3g}, the limit {parity.limit:.3g}",
+        f"{stage} breaks its contract ({parity.contract}): {parity.metric} is {worst}, the limit {limit}",
         where=where,
         hint="take the pass out, widen its budget, or build with force to record it in the manifest",
     )

@@ -24,8 +24,9 @@ from graphopt.backend import known_backends
 from graphopt.errors import GraphError, MissingBackendError
 from graphopt.ir import Graph
 from graphopt.pipeline import Pass, load_passes, run_passes
+from graphopt.runtime.engine import Engine
 from graphopt.runtime.generation import Timing
-from graphopt.schemas.pipeline import HIGHER_IS_BETTER
+from graphopt.schemas.pipeline import HIGHER_IS_BETTER, measure_text, number_text
 from graphopt.schemas.report import AttentionReport, BuildReport, DecodeParity, StageParity
 from graphopt.text import parse
 
@@ -57,7 +58,8 @@ def _table(title: str, *columns: str, numbers: int = 0) -> Table:
     """A table whose last ``numbers`` columns are right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index >= len(columns) - numbers else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if index >= len(columns) - numbers else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=index == 0)  # names stay whole
     return table
 
 
@@ -79,8 +81,29 @@ def parity_table(report: BuildReport) -> Table:
 
 
 def _stage(parity: StageParity) -> tuple[str, str, str, str]:
-    style = "green" if parity.holds else "bold red"
-    return parity.contract, f"[{style}]{parity.worst:.1e}[/]", f"{parity.limit:.1e}", f"{parity.max_abs:.1e}"
+    worst, limit = (measure_text(parity.metric, value) for value in (parity.worst, parity.limit))
+    shown = f"[green]{worst}[/]" if parity.holds else f"[bold red]{worst} broken[/]"
+    return parity.contract, shown, limit, number_text(parity.max_abs)
+
+
+def build_parts(report: BuildReport) -> list[RenderableType]:
+    """What there is to say of a build, each as a table."""
+    parts = parity_table, tactics_table, layers_table, sensitivity_table, refusals_table, remarks
+    return [shown for part in parts if (shown := part(report)) is not NOTHING]
+
+
+def written_line(report: BuildReport, folder: Path, engine: Engine) -> RenderableType:
+    """That an engine directory is there, what it is called with, and which contracts it breaks."""
+    stages = {
+        "trace": report.trace,
+        **{step.kind: step.parity for step in report.passes},
+        report.last[0]: report.last[1],
+    }
+    broken = [name for name, parity in stages.items() if parity is not None and not parity.holds]
+    lines = [f"[bold red]broken[/] contracts, written because of --force: {', '.join(broken)}"] if broken else []
+    is_decoder = engine.layout is not None
+    what = f"a decoder with a cache: graphopt generate {folder} ..." if is_decoder else repr(engine)
+    return Text.from_markup("\n".join([*lines, f"[bold green]written[/] {escape(str(folder))} {escape(what)}"]))
 
 
 def megabytes(size: int) -> str:
@@ -168,7 +191,8 @@ def probes_table(parity: StageParity) -> RenderableType:
             table.add_row(sizes, name, *numbers, str(found.compared), str(found.left_out))
     sign = ">=" if parity.metric in HIGHER_IS_BETTER else "<="
     verdict = "[green]holds[/]" if parity.holds else "[bold red]broken[/]"
-    return Group(table, f"{verdict}: {parity.metric} {parity.worst:.3g} (must be {sign} {parity.limit:.3g})")
+    worst, limit = (measure_text(parity.metric, value) for value in (parity.worst, parity.limit))
+    return Group(table, f"{verdict}: {parity.metric} {worst} (must be {sign} {limit})")
 
 
 def decoding_table(parity: DecodeParity) -> RenderableType:

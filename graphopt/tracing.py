@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from graphopt import operators, segments
 from graphopt.dims import Dim, Size
 from graphopt.eager import path_name
-from graphopt.errors import GraphError, TracingError
+from graphopt.errors import GraphError, TracingError, nearest
 from graphopt.inference import infer, silent_logging, size_from_torch
 from graphopt.ir import Graph, Value, map_arg
 from graphopt.normalize import is_assertion, normalize
@@ -77,13 +77,21 @@ def _check_request(module: nn.Module, given: Mapping[str, Any], axes: Axes, dims
         raise TracingError(f"axes are named for {', '.join(sorted(unknown))}, which is no given input")
     for name, names in axes.items():
         if isinstance(given[name], torch.Tensor) and len(names) != given[name].ndim:
-            raise TracingError(f"input {name!r} has {given[name].ndim} axes, {len(names)} are named")
+            raise TracingError(
+                f"input {name!r} has {given[name].ndim} axes, {len(names)} are named",
+                hint="name every axis, None where its size is fixed: ('batch', 'sequence', None)",
+            )
     for axis in {axis for names in axes.values() for axis in names if axis}:
         if not axis.isidentifier() or keyword.iskeyword(axis) or axis in RESERVED:
             raise TracingError(f"{axis!r} cannot name a size", hint="use a plain name, as in batch or sequence")
     unused = dims.keys() - {axis for names in axes.values() for axis in names if axis}
     if unused:
-        raise TracingError(f"dims names {', '.join(sorted(unused))}, which no axis of any input has")
+        known = sorted({name for names in axes.values() for name in names if name is not None})
+        raise TracingError(
+            f"dims names {', '.join(sorted(unused))}, which no axis of any input has",
+            where="dims",
+            hint=nearest(min(unused), known) if known else "the model's sizes are all fixed",
+        )
 
 
 def _export(module: nn.Module, given: Mapping[str, Any], axes: Axes) -> torch.export.ExportedProgram:

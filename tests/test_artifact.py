@@ -15,7 +15,7 @@ import pytest
 import graphopt
 from graphopt.artifact import staged
 from graphopt.backends.onnx.weights import ALIGNMENT, INLINE
-from graphopt.errors import EngineError, GraphoptError, MissingBackendError
+from graphopt.errors import EngineError, GraphoptError, MissingBackendError, PipelineError
 from tests.tiny import tiny_bert
 
 
@@ -94,7 +94,13 @@ def damage(folder: Path) -> None:
             lambda f: edit_manifest(f, lambda m: m.update(format=99)),
             "the engine has format 99, this graphopt reads up to 1",
         ),
+        (lambda f: edit_manifest(f, lambda m: m.update(format="1")), "damaged at format: '1' is no whole number"),
         (lambda f: edit_manifest(f, lambda m: m.pop("inputs")), "the manifest is damaged at inputs"),
+        (lambda f: edit_manifest(f, lambda m: m.update(files={})), "damaged at files: it has no graph.gir"),
+        (
+            lambda f: edit_manifest(f, lambda m: m.update(backend="torch")),
+            "a file is missing that engines of backend: torch have",
+        ),
         (lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": "0"})), "outside the directory"),
     ],
 )
@@ -102,6 +108,18 @@ def test_damaged(engine: Path, spoil: Callable[[Path], object], message: str) ->
     spoil(engine)
     with pytest.raises(EngineError, match=message):
         graphopt.load(engine)
+
+
+def test_the_report_may_be_left_out(engine: Path) -> None:
+    (engine / "report.html").unlink()
+    graphopt.load(engine)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx", "onnxruntime"])
+def test_options_of_loading_that_engines_have_not(backend: str, tmp_path: Path) -> None:
+    graphopt.compile(tiny_bert(layers=1), tmp_path / "e", target={"backend": backend, "tactics": "fixed"})
+    with pytest.raises(PipelineError, match=f"the {backend} engine has no option thread"):
+        graphopt.load(tmp_path / "e", thread=2)
 
 
 def test_missing_directory(tmp_path: Path) -> None:
@@ -140,6 +158,10 @@ def test_replaces_an_engine_and_nothing_else(engine: Path, tmp_path: Path) -> No
         graphopt.compile(tiny_bert(layers=1), other)
     assert (other / "keep.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "notes"]
+    (engine / "note.txt").write_text("mine")
+    with pytest.raises(EngineError, match=r"has files beside its engine: note\.txt"):
+        graphopt.compile(tiny_bert(layers=1), engine, target={"tactics": "fixed"})
+    assert (engine / "note.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, GraphoptError("no")])

@@ -47,7 +47,7 @@ KINDS = ({"kind": "canonicalize"}, {"kind": "fuse_attention"})
         ({"scales": "channel"}, "scales is for dtype: int8"),
         ({"dtype": "int4"}, "'fp32', 'fp16' or 'int8'"),
         ({"dtype": "int8", "scales": "token", "calibration": {"data": "a.txt"}}, "'head' or 'channel'"),
-        ({"dtype": "int8", "calibration": {}}, "data: Field required"),
+        ({"dtype": "int8", "calibration": {}}, "data is missing"),
         ({"dtype": "int8", "calibration": {"data": "a.txt", "sample": 3}}, "there is no option 'calibration.sample'"),
         ({"dtype": "fp16", "budget": {"metric": "relatve", "limit": 1}}, "budget.metric: Input should be"),
     ],

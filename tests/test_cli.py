@@ -85,6 +85,10 @@ def test_compile_shows_parity_and_writes(place: Path) -> None:
     assert (place / "again" / "manifest.json").is_file()
 
 
+def test_version(place: Path) -> None:
+    assert run(place, "--version").stdout == "0.1.0\n"
+
+
 def test_compile_json(place: Path) -> None:
     done = run(place, "compile", write(place, "json.yaml", {}), "-o", "json", "--json")
     content = json.loads(done.stdout)
@@ -156,6 +160,11 @@ def test_passes_and_doctor(place: Path) -> None:
         ({"model": "./nowhere"}, "there is no model './nowhere'"),
         ({"target": {"backend": "tensorrtx"}}, "there is no backend 'tensorrtx'"),
         ({"target": {"provider": "tpu"}}, "target.provider"),
+        ({"target": "onnxruntime"}, "target: must be a mapping (got 'onnxruntime')"),
+        ({"dims": {"sequence": 64}}, "dims.sequence: must be a list (got 64)"),
+        ({"parity": {"metric": "cosin", "limit": 0.9}}, "did you mean 'cosine'?"),
+        ({"model": "factorees:tiny_bert"}, "put its folder into PYTHONPATH"),
+        ({"target": {"backend": "torch", "threads": 3}}, "backend: torch has no threads"),
     ],
 )
 def test_bad_pipelines(place: Path, changes: dict[str, object], message: str) -> None:
@@ -179,6 +188,42 @@ def test_bad_files(place: Path) -> None:
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert "is no engine directory" in run(place, "verify", "cache", "factories:tiny_bert").stderr
     assert run(place, "bench", "engine", "--size", "batch=x").returncode == 2
+
+
+def test_a_directory_is_no_pipeline(place: Path) -> None:
+    (place / "model").mkdir(exist_ok=True)
+    assert "model is a directory, not a pipeline file" in run(place, "compile", "model", "-o", "out").stderr
+
+
+def test_what_is_no_yaml_is_told_by_its_line(place: Path) -> None:
+    (place / "broken.yaml").write_text("model: a\npasses: [{kind: x\n")
+    assert "where: broken.yaml:3" in run(place, "compile", "broken.yaml", "-o", "out").stderr
+
+
+def test_broken_contracts_that_are_forced_are_named(place: Path) -> None:
+    tight: dict[str, object] = {"parity": {"metric": "max_abs", "limit": 1e-12}}
+    done = run(place, "compile", write(place, "tight.yaml", tight), "-o", "tight", "--force")
+    assert done.returncode == 0
+    assert "broken contracts, written because of --force: " in done.stdout
+    assert ", engine" in done.stdout
+    assert run(place, "verify", "tight", "factories:tiny_bert").returncode == 1
+
+
+def test_a_decoder_is_timed_at_the_sizes_by_default(place: Path) -> None:
+    """A static cache, whose lengths are those of the tokens that are read."""
+    passes = [
+        {"kind": "canonicalize"}, {"kind": "fuse_attention"},
+        {"kind": "insert_kv_cache", "layout": "static", "max_length": 64},
+    ]  # fmt: skip
+    changes: dict[str, object] = {
+        "model": "factories:tiny_llama",
+        "passes": passes,
+        "dims": {"batch": [1, 8], "sequence": [1, 64]},
+    }
+    done = run(place, "compile", write(place, "decoder.yaml", changes), "-o", "decoder")
+    assert "written decoder a decoder with a cache: graphopt generate decoder" in done.stdout.replace("\n", " ")
+    timed = run(place, "bench", "decoder", "--seconds", "0.1")
+    assert "batch=8 sequence=64" in timed.stdout, timed.stderr
 
 
 @pytest.mark.slow

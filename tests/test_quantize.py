@@ -247,7 +247,7 @@ def test_a_linear_whose_weight_is_given_stays() -> None:
         ({"scheme": "int8_token", "overrides": {"a": "int8_static"}}, "scheme: int8_static needs calibration"),
         ({"scheme": "int8_dynamic", **DATA}, "nothing needs calibration in scheme: int8_dynamic"),
         ({"scheme": "weight_only", **DATA}, "nothing needs calibration in scheme: weight_only"),
-        ({}, "scheme: Field required"),
+        ({}, "scheme is missing"),
         ({"scheme": "int4"}, "'int8_static', 'int8_smooth', 'int8_dynamic'"),
         ({"scheme": "weight_only", "bits": 3}, "bits: Input should be 4 or 8"),
         ({"scheme": "weight_only", "group": 24}, "group: Input should be 16, 32, 64, 128 or 256"),

@@ -326,7 +326,7 @@ def test_other_inputs_are_smoothed_though_one_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "calibration: Field required"),
+        ({}, "calibration is missing"),
         ({"calibration": {"data": "a.txt"}, "strength": 1.5}, "strength"),
         ({"calibration": {"data": "a.txt"}, "strength": "much"}, "strength"),
         ({"calibration": {"data": "a.txt"}, "rounds": "row"}, "rounds: Input should be 'tensor' or 'token'"),

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Unsupported
+from graphopt.backends.quirks import quirks_in_force
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.linears import Device
-from graphopt.backends.tensorrt.options import Profile
+from graphopt.backends.tensorrt.options import Accumulate, Profile
+from graphopt.errors import LoweringError
 from graphopt.ir import Graph
 from graphopt.tensors import Weight
 from tests.onnx_helpers import assert_same, emit, run_onnxruntime, run_reference
@@ -157,3 +159,64 @@ def test_other_linears_of_integers_stay_whole(
     assert Emitter(graph, dialect).used_forms == {"integers": 1}
     with pytest.raises(Unsupported, match=reason):
         dialect.forms["graphopt.static_linear"]["integers in parts"](Emitter(graph, dialect), list(graph.nodes)[-1])
+
+
+ATTENDED = """
+    input %q: f16[batch, sequence, 32, 64]
+    weight %s: f16[]
+    weight %w: i8[64, 2048]
+    weight %z: f16[64]
+    %a: f16[batch, sequence, 32, 64] = graphopt.attention.default(q=%q, k=%q, v=%q, scale=0.125, heads_last=True)
+    %x: f16[batch, sequence, 2048] = aten.reshape.default(self=%a, shape=[batch, sequence, 2048])
+    %i: i8[batch, sequence, 2048] = graphopt.quantize.default(x=%x, scale=%s, dtype=i8)
+    %y: f16[batch, sequence, 64] = graphopt.static_linear.default(x=%i, x_scale=%s, weight=%w, scale=%z)
+    output y = %y
+"""
+
+
+@pytest.mark.parametrize(("version", "form"), [("10.6.0", "floats"), ("10.9.0", "integers in parts")])
+@pytest.mark.parametrize(("accumulate", "casts"), [("long", 2), ("fastest", 0)])
+def test_a_fault_of_integers_is_one_of_their_parts_too(
+    version: str, form: str, accumulate: Accumulate, casts: int
+) -> None:
+    """10.6 builds no int8 product of attention's result; the product in half precision is summed as any."""
+    graph = graph_of(ATTENDED)
+    quirks = quirks_in_force("tensorrt", version)
+    dialect = tensorrt_dialect(lambda op: True, "tensorrt", quirks, Device(132, FEW), accumulate)
+    emitter = Emitter(graph, dialect)
+    assert form in emitter.used_forms
+    assert [len(places) for places in emitter.avoided.values()] == ([1] if form == "floats" else [])
+    if form == "floats":
+        ops = [node.op_type for node in emitter.model.graph]
+        assert ops.count("Cast") == (casts + 1 if casts else 0)  # of the weight as well
+
+
+PACKED = """
+    input %x: f16[batch, sequence, 64]
+    weight %p: u8[8, 2, {bytes}]
+    weight %s: f16[8, 2]
+    weight %z: u8[8, 1]
+    %y: f16[batch, sequence, 8] = graphopt.packed_linear.default(x=%x, packed=%p, scales=%s{more}, bits={bits}, block=32)
+    output y = %y
+"""
+
+
+@pytest.mark.parametrize(
+    ("bits", "more", "reason", "hint"),
+    [
+        (4, "", None, None),
+        (8, "", "no int8 in groups whose scales may be negative", "bits: 4"),
+        (4, ", zeros=%z", "no weights with zero points or a codebook", "symmetric: true"),
+    ],
+)
+def test_packed_weights_that_the_importer_takes(bits: int, more: str, reason: str | None, hint: str | None) -> None:
+    graph = graph_of(PACKED.format(bytes=4 * bits, more=more, bits=bits))
+    dialect = tensorrt_dialect(lambda op: True)
+    if reason is None:
+        ops = [node.op_type for node in Emitter(graph, dialect).model.graph]
+        assert ops.count("DequantizeLinear") == 1
+        return
+    with pytest.raises(LoweringError, match=reason) as error:
+        Emitter(graph, dialect)
+    assert error.value.hint is not None
+    assert str(hint) in error.value.hint

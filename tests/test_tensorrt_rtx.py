@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,23 @@ import torch
 import transformers as t
 
 import graphopt
+from graphopt import artifact, compiler
 from graphopt.backend import no_progress
 from graphopt.backends.onnx.backend import MODEL, write_model
 from graphopt.backends.onnx.emitter import Emitter
 from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
 from graphopt.backends.tensorrt.builder import build_plan
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
-from graphopt.backends.tensorrt.engine import PLAN, unrunnable
+from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, unrunnable
 from graphopt.backends.tensorrt.flavours import RTX, parsed_ops
 from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Options, profiles_of
-from graphopt.errors import BackendError, PipelineError
-from graphopt.ir import types_of
+from graphopt.errors import BackendError, EngineError, InputError, LoweringError, PipelineError
+from graphopt.ir import Graph, types_of
+from graphopt.pipeline import Pass
+from graphopt.runtime.engine import Engine
+from graphopt.schemas.pipeline import TargetConfig
+from graphopt.schemas.report import PassReport
 from graphopt.sources import Source, transformers_source
 from tests.test_tensorrt import graph_of
 from tests.test_tensorrt_linears import LINEAR, graph_of_integers
@@ -150,6 +156,99 @@ def test_a_linear_in_parts_builds(form: str, tmp_path: Path) -> None:
     write_model(emitter, tmp_path)
     plan = build_plan(RTX, tmp_path / MODEL, inputs, profiles, Options(compute_capabilities=("8.9",)), {}, no_progress)
     assert plan.layers["MATRIX_MULTIPLY"] == plan.layers["REDUCE"] == 1
+
+
+REMEDIES: dict[str, tuple[list[dict[str, Any]], str, str]] = {
+    "packed weights": (
+        [{"kind": "quantize", "scheme": "weight_only", "bits": 8, "group": 32, "embeddings": False, "min_weights": 1}],
+        "no int8 in groups", "bits: 4",
+    ),
+    "padding": (
+        [{"kind": "heads_last"}, {"kind": "flatten_tokens"}, {"kind": "remove_padding"}],
+        "nothing to leave padding out with", "backend: tensorrt or onnxruntime",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_what_it_has_not_is_refused_with_what_to_do(case: str, tmp_path: Path) -> None:
+    steps, reason, hint = REMEDIES[case]
+    with pytest.raises(LoweringError, match=reason) as error:
+        compiled(bert(), tmp_path / "e", *steps)
+    assert error.value.hint is not None
+    assert hint in error.value.hint
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_build_that_fails_asks_about_the_options(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="cannot build the engine") as error:
+        compiled(bert(), tmp_path / "e", options={"workspace": 1})
+    assert error.value.hint == "is it one of target.options: workspace?"
+
+
+def test_an_engine_for_another_device_is_verified_as_it_was_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on that device, which the model that the engine was built of stands in for."""
+    graphs: list[Graph] = []
+
+    class Keep:
+        def before(self, step: Pass, graph: Graph) -> None: ...
+
+        def after(self, step: Pass, graph: Graph, report: PassReport) -> None:
+            graphs.append(graph)
+
+    passes = [*TensorRtRtxBackend.standard_passes, {"kind": "cast"}]
+    made = graphopt.compile(bert(), tmp_path / "e", passes=passes, target=TARGET, dims=DIMS, instruments=[Keep()])
+    assert made.report.engine is None
+    backend = TensorRtRtxBackend(TargetConfig(**TARGET))
+
+    def load(folder: Path) -> Engine:
+        found = backend.stand_in(graphs[-1], artifact.loaded(folder, artifact.read_manifest(folder)))
+        assert found is not None
+        return found
+
+    monkeypatch.setattr(artifact, "load", load)
+    parity = compiler.verify(tmp_path / "e", bert())
+    assert (parity.metric, parity.holds) == ("cosine", True)
+
+
+def test_sizes_that_fit_no_profile_are_refused_before_there_is_a_device(tmp_path: Path) -> None:
+    """The sizes that are compared are among them."""
+    profiles = [{"batch": (1, 1, 1), "sequence": (4, 8, 16)}, {"batch": (1, 4, 4), "sequence": (4, 4, 4)}]
+    with pytest.raises(InputError, match="fit no profile of the engine"):
+        compiled(bert(), tmp_path / "e", options={"profiles": profiles})
+    assert not (tmp_path / "e").exists()
+
+
+def test_shapes_of_a_decoder_behind_an_encoder(tmp_path: Path) -> None:
+    """The encoder has one size less."""
+    torch.manual_seed(0)
+    config = t.T5Config(
+        vocab_size=99, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    passes = [{"kind": "canonicalize"}, {"kind": "fuse_attention"}]
+    made = graphopt.compile(
+        transformers_source(t.T5ForConditionalGeneration(config)), tmp_path / "e",
+        passes=[*passes, {"kind": "insert_kv_cache", "layout": "static", "max_length": 16, "logits": "last"}],
+        dims={"batch": (1, 2), "sequence": (1, 16), "decoder_sequence": (1, 16)},
+        target={**TARGET, "options": {**TARGET["options"], "shapes": [{"batch": 1, "sequence": 8, "decoder_sequence": 4}]}},
+    )  # fmt: skip
+    engine, encoder = made.engine, made.engine.prologue
+    assert isinstance(engine, TensorRtEngine)
+    assert isinstance(encoder, TensorRtEngine)
+    assert [profile["decoder_sequence"] for profile in engine.profiles] == [(4, 4, 4), (1, 1, 1), (1, 16, 16)]
+    assert encoder.profiles[0] == {"batch": (1, 1, 1), "sequence": (8, 8, 8)}
+
+
+def test_a_manifest_without_its_target(tmp_path: Path) -> None:
+    compiled(bert(), tmp_path / "e")
+    file = tmp_path / "e" / "manifest.json"
+    content = json.loads(file.read_text())
+    del content["pipeline"]["target"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(EngineError, match="the manifest is damaged: it has no 'target'"):
+        graphopt.load(tmp_path / "e")
 
 
 def test_dynamic_products_are_refused_with_the_scheme_that_serves(tmp_path: Path) -> None:

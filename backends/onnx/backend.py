@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 
-from graphopt.backend import Backend, Built, Progress, no_progress
+from graphopt.backend import Backend, Built, Progress, no_progress, refuse_options
 from graphopt.backends.onnx.dialects import STANDARD
 from graphopt.backends.onnx.emitter import Dialect, Emitter
 from graphopt.backends.onnx.weights import write_external
@@ -78,6 +78,7 @@ class OnnxBackend(Backend):
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
+        refuse_options(cls.name, options, "it has none")
         return ReferenceEngine(folder, manifest)
 
 

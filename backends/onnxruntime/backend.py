@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from graphopt.backend import Backend, Built, Progress, no_progress
+from graphopt.backend import Backend, Built, Progress, no_progress, refuse_options
 from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, op_counts, write_model
 from graphopt.backends.onnx.emitter import Dialect, Emitter
 from graphopt.backends.onnx.weights import embed
@@ -142,8 +142,7 @@ class OnnxRuntimeBackend(Backend):
         target = manifest.pipeline.get("target", {})
         provider = options.pop("provider", None) or target.get("provider", "cpu")
         threads = options.pop("threads", None) or target.get("threads")
-        if options:
-            raise PipelineError(f"the onnxruntime engine has no option {', '.join(options)}", hint="provider, threads")
+        refuse_options(cls.name, options, "provider, threads")
         own = cls.options_of(target.get("options", {}), Options).provider_options
         return OnnxRuntimeEngine(folder, manifest, MODEL, provider, threads, own)
 

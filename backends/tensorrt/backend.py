@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from graphopt.attentions import PACKED
-from graphopt.backend import Backend, Built, Progress, no_progress
+from graphopt.backend import Backend, Built, Progress, no_progress, refuse_options
 from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
 from graphopt.backends.onnx.emitter import Emitter
 from graphopt.backends.quirks import Quirk, faults_in_force, quirks_in_force
@@ -139,9 +139,10 @@ class TensorRtBackend(Backend):
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
-        cuda_graphs = bool(options.pop("cuda_graphs", False))
-        if options:
-            raise PipelineError(f"the {cls.name} engine has no option {', '.join(options)}", hint="cuda_graphs")
+        cuda_graphs = options.pop("cuda_graphs", False)
+        if not isinstance(cuda_graphs, bool):
+            raise PipelineError(f"cuda_graphs is {cuda_graphs!r}, must be True or False")
+        refuse_options(cls.name, options, "cuda_graphs")
         own = cls.options_of(manifest.pipeline["target"]["options"], Options)
         return TensorRtEngine(folder, manifest, cls.flavour, own, cuda_graphs)
 
