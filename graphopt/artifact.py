@@ -169,8 +169,6 @@ def loaded(folder: Path, manifest: Manifest, *, check: bool = False, **options: 
     """The engine of a manifest that was read, with its prologue."""
     try:
         engine = backend_class(manifest.backend).load(folder, manifest, **options)
-    except KeyError as error:
-        raise EngineError(f"the manifest is damaged: it has no {error}", where=str(folder / MANIFEST)) from error
     except FileNotFoundError as error:
         raise EngineError(
             f"a file is missing that engines of backend: {manifest.backend} have: {error}", where=str(folder)

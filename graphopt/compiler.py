@@ -28,6 +28,7 @@ from graphopt.errors import (
     TracingError,
 )  # fmt: skip
 from graphopt.ir import Graph
+from graphopt.measures import measure_text
 from graphopt.models import load_model
 from graphopt.parity import Contract, Probe, bisect
 from graphopt.pipeline import (
@@ -46,7 +47,7 @@ from graphopt.probes import make_probes
 from graphopt.runtime.cache import compacted, take
 from graphopt.runtime.engine import Engine, spec_of
 from graphopt.schemas.manifest import Manifest
-from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig, measure_text
+from graphopt.schemas.pipeline import Budget, Exact, PipelineConfig, TargetConfig
 from graphopt.schemas.report import BuildReport, PassReport, StageParity
 from graphopt.sources import Source, transformers_source
 from graphopt.tensors import DimRange

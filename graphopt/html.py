@@ -49,8 +49,8 @@ from graphopt.html_views import (
     sizes_text,
     some_text,
 )
+from graphopt.measures import number_text
 from graphopt.schemas.manifest import Manifest
-from graphopt.schemas.pipeline import number_text
 from graphopt.schemas.report import AttentionReport, BuildReport, PassReport, StageParity, TacticReport
 
 Difference = tuple[float, str, str]  # largest absolute difference, output, sizes of the probe

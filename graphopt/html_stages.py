@@ -33,7 +33,8 @@ from graphopt.html_views import (
     sizes_text,
     some_text,
 )
-from graphopt.schemas.pipeline import HIGHER_IS_BETTER, decibels_text, measure_text, number_text
+from graphopt.measures import decibels_text, measure_text, number_text
+from graphopt.schemas.pipeline import HIGHER_IS_BETTER
 from graphopt.schemas.report import BuildReport, PassReport, RefusalReport, StageParity
 
 #: The longest diff that is shown whole, in bytes.

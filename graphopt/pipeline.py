@@ -20,13 +20,14 @@ from graphopt.calibration import Tapped, calibrate, feeds_of, in_order, means, s
 from graphopt.errors import CalibrationError, NoMatchError, ParityError, PipelineError, nearest
 from graphopt.execution import run
 from graphopt.ir import Graph, Node
+from graphopt.measures import measure_text
 from graphopt.parity import Contract, Difference, Outputs, Probe, bisect, judge
 from graphopt.plugins import plugins
 from graphopt.rewrite import RewriteLog, Rule, apply_rules
 from graphopt.runtime.cache import CacheLayout, Call, as_if_uncached, last_step, layout_of
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.calibration import Calibration
-from graphopt.schemas.pipeline import Budget, Exact, measure_text
+from graphopt.schemas.pipeline import Budget, Exact
 from graphopt.schemas.report import LayerPrecision, PassReport, RefusalReport, StageParity
 from graphopt.sources import Source
 

@@ -23,10 +23,11 @@ from graphopt.backend import Progress as Report
 from graphopt.backend import known_backends
 from graphopt.errors import GraphError, MissingBackendError
 from graphopt.ir import Graph
+from graphopt.measures import measure_text, number_text
 from graphopt.pipeline import Pass, load_passes, run_passes
 from graphopt.runtime.engine import Engine
 from graphopt.runtime.generation import Timing
-from graphopt.schemas.pipeline import HIGHER_IS_BETTER, measure_text, number_text
+from graphopt.schemas.pipeline import HIGHER_IS_BETTER
 from graphopt.schemas.report import AttentionReport, BuildReport, DecodeParity, StageParity
 from graphopt.text import parse
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -12,24 +11,6 @@ from graphopt.schemas.common import Schema
 Metric = Literal["max_abs", "relative", "cosine", "snr", "kl", "top1"]
 #: Metrics of which more is better; for the others less is.
 HIGHER_IS_BETTER: frozenset[str] = frozenset({"cosine", "snr", "top1"})
-
-
-def number_text(number: float) -> str:
-    """A difference: two digits, and a plain 0 where there is none."""
-    if math.isinf(number):
-        return "∞" if number > 0 else "\u2212∞"
-    return f"{number:.1e}" if number else "0"
-
-
-def decibels_text(snr: float) -> str:
-    return number_text(snr) if math.isinf(snr) else f"{snr:.1f}"
-
-
-def measure_text(metric: str, value: float) -> str:
-    """A value in its metric's own form: what is near 1 with enough digits to be told from it."""
-    if metric == "snr":
-        return f"{decibels_text(value)} dB"
-    return f"{value:.6f}" if metric in HIGHER_IS_BETTER else number_text(value)
 
 
 class Budget(Schema):

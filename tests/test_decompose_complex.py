@@ -420,9 +420,6 @@ def test_a_graph_with_complex_numbers_is_read_back() -> None:
     assert str(parse(str(graph))) == str(graph)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="the torch backend does not decompose, and cannot read c64 weights"
-)
 def test_complex_weights_on_the_torch_backend(tmp_path: Path) -> None:
     module = Computes(lambda x, w, a: pairs(numbers(x) * w)).eval()
     source = Source(module, {"x": torch.randn(3, 6, 2)}, {"x": ("rows", None, None)})

@@ -9,7 +9,8 @@ import pytest
 
 from graphopt.backend import backend_class
 from graphopt.errors import PipelineError
-from graphopt.schemas.pipeline import TargetConfig, measure_text
+from graphopt.measures import measure_text
+from graphopt.schemas.pipeline import TargetConfig
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnx", "tensorrt", "tensorrt_rtx"])

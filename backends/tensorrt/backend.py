@@ -26,7 +26,7 @@ from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Options, Profile, check_names, for_two_rows, hole_in, profiles_of
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
-from graphopt.errors import MissingBackendError, PipelineError
+from graphopt.errors import EngineError, MissingBackendError, PipelineError
 from graphopt.ir import Graph, types_of
 from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
@@ -143,7 +143,11 @@ class TensorRtBackend(Backend):
         if not isinstance(cuda_graphs, bool):
             raise PipelineError(f"cuda_graphs is {cuda_graphs!r}, must be True or False")
         refuse_options(cls.name, options, "cuda_graphs")
-        own = cls.options_of(manifest.pipeline["target"]["options"], Options)
+        try:
+            given = manifest.pipeline["target"]["options"]
+        except KeyError as error:
+            raise EngineError(f"the manifest is damaged: it has no {error}", where=str(folder)) from error
+        own = cls.options_of(given, Options)
         return TensorRtEngine(folder, manifest, cls.flavour, own, cuda_graphs)
 
     def stand_in(self, graph: Graph, engine: Engine) -> Engine | None:

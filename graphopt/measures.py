@@ -1,0 +1,25 @@
+"""How differences and the metrics of contracts are written."""
+
+from __future__ import annotations
+
+import math
+
+from graphopt.schemas.pipeline import HIGHER_IS_BETTER
+
+
+def number_text(number: float) -> str:
+    """A difference: two digits, and a plain 0 where there is none."""
+    if math.isinf(number):
+        return "∞" if number > 0 else "\u2212∞"
+    return f"{number:.1e}" if number else "0"
+
+
+def decibels_text(snr: float) -> str:
+    return number_text(snr) if math.isinf(snr) else f"{snr:.1f}"
+
+
+def measure_text(metric: str, value: float) -> str:
+    """A value in its metric's own form: what is near 1 with enough digits to be told from it."""
+    if metric == "snr":
+        return f"{decibels_text(value)} dB"
+    return f"{value:.6f}" if metric in HIGHER_IS_BETTER else number_text(value)
