@@ -258,8 +258,10 @@ class _Rewriter:
                 call = pattern.call if isinstance(pattern, Item) else pattern
                 if call not in found.nodes:
                     raise RewriteError(f"the pattern of {rule.name} has a value that its first one does not lead to")
-                values.append(found.nodes[call].outputs[pattern.index if isinstance(pattern, Item) else 0])
-            yield tuple(values), found
+                outputs, place = found.nodes[call].outputs, pattern.index if isinstance(pattern, Item) else 0
+                values += outputs[place : place + 1]
+            if len(values) == 1 + len(others):  # else an op gives fewer results than the pattern has
+                yield tuple(values), found
 
     def _attempt(self, rule: Rule, roots: tuple[Value, ...], found: Found) -> tuple[tuple[Value, ...], list[Node]]:
         self._check_escapes(roots, found)

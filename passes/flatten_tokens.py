@@ -95,6 +95,28 @@ class FlattenBinary(Rule):
         return result
 
 
+class FlattenChunks(Rule):
+    """chunk(reshape(x), last axis)  ->  reshape of each of chunk(x), as gates are cut off a product"""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def pattern(self, op: Ops, x: TensorHole, shape: Hole, dim: Hole) -> Any:
+        parts = op.chunk(op.reshape(x, shape).shared(), self.count, dim)
+        return tuple(parts[index] for index in range(self.count))
+
+    def rewrite(self, op: Build, m: Match) -> tuple[Value, ...]:
+        whole = m.node.args["self"]
+        _only_tokens(m.x, whole)
+        applies(m.dim in (-1, len(whole.type.shape) - 1))
+        flat = op.call(m.node.op, m.node.args | {"self": m.x, "dim": 1})
+        return tuple(op.reshape(part, root.type.shape) for part, root in zip(flat, m.roots, strict=True))
+
+
 class FlattenAddNorm(Rule):
     """add_norm(reshape(a), b)  ->  reshape(add_norm(a, reshape(b)))"""
 
@@ -136,4 +158,5 @@ class FlattenTokens(RulePass):
 
     def rules(self) -> list[Rule]:
         add_norms = [FlattenAddNorm(path, flat) for path in ADD_NORMS for flat in (0, 1)]
-        return [FlattenLinear(), FlattenUnary(), FlattenBinary(), *add_norms, MergeReshapes()]
+        chunks = [FlattenChunks(count) for count in (2, 3)]
+        return [FlattenLinear(), FlattenUnary(), FlattenBinary(), *chunks, *add_norms, MergeReshapes()]

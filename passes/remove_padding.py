@@ -40,6 +40,7 @@ def _packets(*paths: str) -> frozenset[str]:
 
 _OF_TWO = _packets(*BINARY, *ADD_NORMS)
 TOKEN_BY_TOKEN = _OF_TWO | _packets(*UNARY, *NORMS, "linear", "to", "graphopt.quantize", "graphopt.static_linear")
+_PARTS = "aten.split_with_sizes.default", "aten.chunk.default"
 _RESHAPE, _PACK, _UNPACK = "aten.reshape.default", "graphopt.pack_tokens.default", "graphopt.unpack_tokens.default"
 
 
@@ -135,7 +136,7 @@ def _are_rows(value: Value, tokens: Size) -> bool:
 
 def _is_token_by_token(node: Node, flat: set[Value]) -> bool:
     """Of flat tokens, with nothing beside them that has a row for each position; a merged product is split by its features."""
-    if node.op == "aten.split_with_sizes.default":
+    if node.op in _PARTS:
         return node.args["dim"] in (1, -1)
     packet = node.op.rpartition(".")[0]
     operands = list(node.args.values())
@@ -170,7 +171,7 @@ def _moves_or_attends(node: Node, value: Value, mask: Value) -> bool:
     queries stay where they are, keys are masked."""
     if node.op == FUSED:
         return bool(node.args["heads_last"]) and any(node.args[name] is value for name in "qkv")
-    if node.op == "aten.split_with_sizes.default":
+    if node.op in (*_PARTS, "aten.unbind.int"):
         return bool(node.args["dim"] % len(node.args["self"].type.shape) >= 2)
     if node.op == _RESHAPE:
         return node.output.type.shape[:2] == mask.type.shape

@@ -12,6 +12,7 @@ from graphopt.passes.flatten_tokens import (
     UNARY,
     FlattenAddNorm,
     FlattenBinary,
+    FlattenChunks,
     FlattenLinear,
     FlattenTokens,
     FlattenUnary,
@@ -115,6 +116,25 @@ def flat_add_norm(path: str, x: str, residual: str) -> str:
         output z = %z"""
 
 
+WIDTHS = {2: (4, 4), 3: (3, 3, 2)}
+
+
+def chunks(count: int, dim: int = 2) -> str:
+    results = ", ".join(f"%y{index}: f32[batch, sequence, {width}]" for index, width in enumerate(WIDTHS[count]))
+    ends = "\n".join(f"output y{index} = %y{index}" for index in range(count))
+    return f"{HEAD}{SPLIT}{results} = aten.chunk.default(self=%s, chunks={count}, dim={dim})\n{ends}"
+
+
+def flat_chunks(count: int) -> str:
+    names = ["chunk", "chunk_1", "chunk_2"]
+    parts = ", ".join(f"%{name}: f32[batch*sequence, {w}]" for name, w in zip(names, WIDTHS[count], strict=False))
+    lines = [f"{HEAD}{parts} = aten.chunk.default(self=%f, chunks={count}, dim=1)"]
+    for index, width in enumerate(WIDTHS[count]):
+        shape = f"[batch, sequence, {width}]"
+        lines.append(f"%y{index}: f32{shape} = aten.reshape.default(self=%{names[index]}, shape={shape})")
+    return "\n".join([*lines, *(f"output y{index} = %y{index}" for index in range(count))])
+
+
 NORM_ARGS = ", normalized_shape=[8], weight=%w"
 CASES = [
     Case("linear", FlattenLinear(), LINEAR, FLAT_LINEAR),
@@ -122,6 +142,9 @@ CASES = [
         text.replace(", bias=%b", "").replace("weight %b: f32[6]\n", "") for text in (LINEAR, FLAT_LINEAR))),
     *(Case(path, FlattenUnary(), unary(path), flat_unary(path)) for path in UNARY),
     *(Case(path, FlattenUnary(), unary(path, NORM_ARGS), flat_unary(path, NORM_ARGS)) for path in NORMS),
+    Case("halves", FlattenChunks(2), chunks(2), flat_chunks(2)),
+    Case("halves, from the end", FlattenChunks(2), chunks(2, -1), flat_chunks(2)),
+    Case("thirds", FlattenChunks(3), chunks(3), flat_chunks(3)),
     Case("gelu tanh", FlattenUnary(), unary("gelu", ', approximate="tanh"'), flat_unary("gelu", ', approximate="tanh"')),
     *(Case(f"{path}, first", FlattenBinary(), binary(path, "%s", "%x"), flat_binary(path, "%f", "%reshape")) for path in BINARY),
     Case("gated, second", FlattenBinary(), binary("graphopt.gated_activation", "%x", "%s"),
@@ -205,6 +228,26 @@ OTHER_FEATURES = HEAD.replace(f"input %f: {F}", "input %f: f32[2*batch*sequence,
 NOT_FLAT = HEAD.replace(f"input %f: {F}", "input %f: f32[sequence, batch, 8]")
 
 
+#: Parts of a sequence.
+FIXED = """
+    dim batch in [1, ...]
+    input %ids: i64[batch]
+    input %f: f32[4*batch, 8]
+    %s: f32[batch, 4, 8] = aten.reshape.default(self=%f, shape=[batch, 4, 8])
+    %a: f32[batch, 2, 8], %b: f32[batch, 2, 8] = aten.chunk.default(self=%s, chunks=2, dim=1)
+    output a = %a
+    output b = %b"""
+
+
+#: Three chunks of four features are two.
+FEWER = f"""{DIMS}input %ids: i64[batch, sequence]
+    input %f: f32[batch*sequence, 4]
+    %s: f32[batch, sequence, 4] = aten.reshape.default(self=%f, shape=[batch, sequence, 4])
+    %a: f32[batch, sequence, 2], %b: f32[batch, sequence, 2] = aten.chunk.default(self=%s, chunks=3, dim=2)
+    output a = %a
+    output b = %b"""
+
+
 @pytest.mark.parametrize(
     ("rule", "body"),
     [
@@ -214,6 +257,9 @@ NOT_FLAT = HEAD.replace(f"input %f: {F}", "input %f: f32[sequence, batch, 8]")
         (FlattenBinary(), binary("add", "%s", "%x", OTHER_FEATURES)),
         (FlattenBinary(), binary("add", "%s", "2.0")),
         (FlattenUnary(), f"{HEAD}{SPLIT}%y: {T} = aten.softmax.int(self=%s, dim=1)\noutput y = %y"),
+        (FlattenChunks(2), chunks(3)),
+        (FlattenChunks(2), FIXED),
+        (FlattenChunks(3), FEWER),
         (FlattenAddNorm(ADD_NORMS[0], 0), add_norm(ADD_NORMS[0], "%x", "%s")),
         (FlattenAddNorm(ADD_NORMS[0], 1), add_norm(ADD_NORMS[0], "%s", "%x")),
         (FlattenAddNorm(ADD_NORMS[1], 0), add_norm(ADD_NORMS[0], "%s", "%x")),
@@ -280,7 +326,14 @@ def test_idempotent(body: str) -> None:
 
 def test_rules_of_the_pass() -> None:
     kinds = [type(rule) for rule in FlattenTokens().rules()]
-    assert kinds == [FlattenLinear, FlattenUnary, FlattenBinary, *[FlattenAddNorm] * 4, MergeReshapes]
+    assert kinds == [
+        FlattenLinear,
+        FlattenUnary,
+        FlattenBinary,
+        *[FlattenChunks] * 2,
+        *[FlattenAddNorm] * 4,
+        MergeReshapes,
+    ]
 
 
 def test_nothing_to_flatten_is_an_error() -> None:

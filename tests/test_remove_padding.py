@@ -153,6 +153,30 @@ def test_nothing_is_done_where_no_attention_can_be_packed(old: str, new: str, re
     assert str(found) == str(graph(text))
 
 
+def test_parts_of_products_are_left_apart(tmp_path: Path) -> None:
+    """ModernBERT takes queries, keys and values, and its gates, from one product each. Held to eager by compile, and here at
+    sizes that compile did not try."""
+    torch.manual_seed(0)
+    config = t.ModernBertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, local_attention=8,
+        global_attn_every_n_layers=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        cls_token_id=2, sep_token_id=1,
+    )  # fmt: skip
+    kinds = ("canonicalize", "fuse_attention", "fuse_norm", "fuse_activation", "heads_last", "flatten_tokens")
+    passes: list[dict[str, Any]] = [{"kind": kind, "allow_no_match": True} for kind in kinds]
+    source = transformers_source(t.ModernBertModel(config))
+    made = graphopt.compile(
+        source, tmp_path / "e", passes=[*passes, {"kind": "remove_padding"}], target={"tactics": "fixed"}
+    )
+    assert made.report.passes[-1].matches == {"pack": 5, "unpack": 5}  # of embeddings, and behind each attention
+    for batch, sequence in ((1, 9), (4, 31)):
+        ids = torch.randint(3, 99, (batch, sequence))
+        real = torch.arange(sequence) < torch.linspace(2, sequence, batch).long()[:, None]
+        feeds = {"input_ids": ids, "attention_mask": real.long()}
+        got, expected = made.engine(**feeds)["last_hidden_state"], eager(source.module)(**feeds)["last_hidden_state"]
+        torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
 TWO_ATTENTIONS = BEFORE.replace(
     "  output first",
     """\
