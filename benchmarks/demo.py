@@ -66,7 +66,7 @@ def main() -> None:
     }
     for name, score in scores.items():
         console.print(f"STS-B test, Spearman, {name:6} {score:.4f}", highlight=False)
-    console.print(f"engine written to {OUT}; try: graphopt inspect {OUT}", highlight=False)
+    console.print(f"engine written to {OUT}; try: .venv/bin/graphopt inspect {OUT}", highlight=False)
 
 
 if __name__ == "__main__":
