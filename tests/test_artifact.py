@@ -96,6 +96,7 @@ def damage(folder: Path) -> None:
         ),
         (lambda f: edit_manifest(f, lambda m: m.update(format="1")), "damaged at format: '1' is no whole number"),
         (lambda f: edit_manifest(f, lambda m: m.pop("inputs")), "the manifest is damaged at inputs"),
+        (lambda f: edit_manifest(f, lambda m: m["dims"].pop("batch")), "damaged at dims: inputs are of batch"),
         (lambda f: edit_manifest(f, lambda m: m.update(files={})), "damaged at files: it has no graph.gir"),
         (
             lambda f: edit_manifest(f, lambda m: m.update(backend="torch")),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphopt.dims import Dim
+from graphopt.dims import Dim, names_of
 from graphopt.errors import EngineError, InputError
 from graphopt.execution import bind_dims
 from graphopt.runtime.cache import CacheLayout
@@ -33,6 +33,10 @@ class Engine(ABC):
         self.inputs = {name: _type(spec) for name, spec in manifest.inputs.items()}
         self.outputs = {name: _type(spec) for name, spec in manifest.outputs.items()}
         self.dims = {name: DimRange(*bounds) for name, bounds in manifest.dims.items()}
+        sizes = (size for type in self.inputs.values() for size in type.shape)
+        unknown = frozenset[str]().union(*map(names_of, sizes)) - self.dims.keys()
+        if unknown:
+            raise EngineError(f"the manifest is damaged at dims: inputs are of {', '.join(sorted(unknown))}")
 
     def __call__(self, **tensors: Any) -> dict[str, Any]:
         bind_dims(self.inputs, self.dims, {name: signature(name, tensor) for name, tensor in tensors.items()})
