@@ -33,7 +33,7 @@ from graphopt.html_views import (
     sizes_text,
     some_text,
 )
-from graphopt.measures import decibels_text, measure_text, number_text
+from graphopt.measures import decibels_text, number_text, worst_and_limit
 from graphopt.schemas.pipeline import HIGHER_IS_BETTER
 from graphopt.schemas.report import BuildReport, PassReport, RefusalReport, StageParity
 
@@ -79,12 +79,13 @@ def _parity(parity: StageParity | None) -> Parity | None:
     if parity is None:
         return None
     decades = decades_of(parity)
+    worst, limit = worst_and_limit(parity)
     return Parity(
         contract=parity.contract,
         metric=parity.metric,
         sign="≥" if parity.metric in HIGHER_IS_BETTER else "≤",
-        worst=measure_text(parity.metric, parity.worst),
-        limit=measure_text(parity.metric, parity.limit),
+        worst=worst,
+        limit=limit,
         share=share_text(decades),
         bar=_stage_bar(decades),
         max_abs=number_text(parity.max_abs),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 from graphopt.schemas.pipeline import HIGHER_IS_BETTER
+from graphopt.schemas.report import StageParity
 
 
 def number_text(number: float) -> str:
     """A difference: two digits, and a plain 0 where there is none."""
     if math.isinf(number):
-        return "∞" if number > 0 else "\u2212∞"
+        return "∞" if number > 0 else "\N{MINUS SIGN}∞"
     return f"{number:.1e}" if number else "0"
 
 
@@ -23,3 +24,8 @@ def measure_text(metric: str, value: float) -> str:
     if metric == "snr":
         return f"{decibels_text(value)} dB"
     return f"{value:.6f}" if metric in HIGHER_IS_BETTER else number_text(value)
+
+
+def worst_and_limit(parity: StageParity) -> tuple[str, str]:
+    """How far a stage is from eager, and how far it may be."""
+    return measure_text(parity.metric, parity.worst), measure_text(parity.metric, parity.limit)

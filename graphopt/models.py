@@ -44,9 +44,7 @@ def from_factory(spec: str) -> Source:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ModelError(
-            f"cannot import {module_name!r}: {error}",
-            where=spec,
-            hint="put its folder into PYTHONPATH",
+            f"cannot import {module_name!r}: {error}", where=spec, hint="put its folder into PYTHONPATH"
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

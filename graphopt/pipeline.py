@@ -20,7 +20,7 @@ from graphopt.calibration import Tapped, calibrate, feeds_of, in_order, means, s
 from graphopt.errors import CalibrationError, NoMatchError, ParityError, PipelineError, nearest
 from graphopt.execution import run
 from graphopt.ir import Graph, Node
-from graphopt.measures import measure_text
+from graphopt.measures import worst_and_limit
 from graphopt.parity import Contract, Difference, Outputs, Probe, bisect, judge
 from graphopt.plugins import plugins
 from graphopt.rewrite import RewriteLog, Rule, apply_rules
@@ -433,7 +433,7 @@ def single_run(graph: Graph, probe: Probe) -> Probe:
 def broken(stage: str, parity: StageParity, difference: Difference | None) -> ParityError:
     """The error of a stage that does not keep its contract."""
     where = str(difference) if difference else "in the outputs only: no inner value differs by itself"
-    worst, limit = (measure_text(parity.metric, value) for value in (parity.worst, parity.limit))
+    worst, limit = worst_and_limit(parity)
     return ParityError(
         f"{stage} breaks its contract ({parity.contract}): {parity.metric} is {worst}, the limit {limit}",
         where=where,

@@ -23,7 +23,7 @@ from graphopt.backend import Progress as Report
 from graphopt.backend import known_backends
 from graphopt.errors import GraphError, MissingBackendError
 from graphopt.ir import Graph
-from graphopt.measures import measure_text, number_text
+from graphopt.measures import number_text, worst_and_limit
 from graphopt.pipeline import Pass, load_passes, run_passes
 from graphopt.runtime.engine import Engine
 from graphopt.runtime.generation import Timing
@@ -82,7 +82,7 @@ def parity_table(report: BuildReport) -> Table:
 
 
 def _stage(parity: StageParity) -> tuple[str, str, str, str]:
-    worst, limit = (measure_text(parity.metric, value) for value in (parity.worst, parity.limit))
+    worst, limit = worst_and_limit(parity)
     shown = f"[green]{worst}[/]" if parity.holds else f"[bold red]{worst} broken[/]"
     return parity.contract, shown, limit, number_text(parity.max_abs)
 
@@ -95,13 +95,8 @@ def build_parts(report: BuildReport) -> list[RenderableType]:
 
 def written_line(report: BuildReport, folder: Path, engine: Engine) -> RenderableType:
     """That an engine directory is there, what it is called with, and which contracts it breaks."""
-    stages = {
-        "trace": report.trace,
-        **{step.kind: step.parity for step in report.passes},
-        report.last[0]: report.last[1],
-    }
-    broken = [name for name, parity in stages.items() if parity is not None and not parity.holds]
-    lines = [f"[bold red]broken[/] contracts, written because of --force: {', '.join(broken)}"] if broken else []
+    names = ", ".join(report.broken)
+    lines = [f"[bold red]broken[/] contracts, written because of --force: {names}"] if names else []
     is_decoder = engine.layout is not None
     what = f"a decoder with a cache: graphopt generate {folder} ..." if is_decoder else repr(engine)
     return Text.from_markup("\n".join([*lines, f"[bold green]written[/] {escape(str(folder))} {escape(what)}"]))
@@ -192,7 +187,7 @@ def probes_table(parity: StageParity) -> RenderableType:
             table.add_row(sizes, name, *numbers, str(found.compared), str(found.left_out))
     sign = ">=" if parity.metric in HIGHER_IS_BETTER else "<="
     verdict = "[green]holds[/]" if parity.holds else "[bold red]broken[/]"
-    worst, limit = (measure_text(parity.metric, value) for value in (parity.worst, parity.limit))
+    worst, limit = worst_and_limit(parity)
     return Group(table, f"{verdict}: {parity.metric} {worst} (must be {sign} {limit})")
 
 

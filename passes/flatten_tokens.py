@@ -101,10 +101,6 @@ class FlattenChunks(Rule):
     def __init__(self, count: int) -> None:
         self.count = count
 
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
     def pattern(self, op: Ops, x: TensorHole, shape: Hole, dim: Hole) -> Any:
         parts = op.chunk(op.reshape(x, shape).shared(), self.count, dim)
         return tuple(parts[index] for index in range(self.count))
@@ -122,10 +118,6 @@ class FlattenAddNorm(Rule):
 
     def __init__(self, path: str, flat: int) -> None:
         self.path, self.flat = path, flat
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
 
     def pattern(self, op: Ops, a: TensorHole, b: TensorHole, shape: Hole) -> Any:
         pair = [op.reshape(a, shape).shared(), b]

@@ -228,3 +228,9 @@ class BuildReport(Schema):
     def last(self) -> tuple[str, StageParity | None]:
         """The last stage by name: the engine, or the model that stands in for it."""
         return ("engine", self.engine) if self.emitted is None else ("emitted model", self.emitted)
+
+    @property
+    def broken(self) -> list[str]:
+        """The stages whose contracts do not hold, by name, which ``force`` writes down."""
+        stages = [("trace", self.trace), *((step.kind, step.parity) for step in self.passes), self.last]
+        return [name for name, parity in stages if parity is not None and not parity.holds]

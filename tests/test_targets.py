@@ -11,6 +11,8 @@ from graphopt.backend import backend_class
 from graphopt.errors import PipelineError
 from graphopt.measures import measure_text
 from graphopt.schemas.pipeline import TargetConfig
+from graphopt.schemas.report import BuildReport
+from tests.test_html import parity, step
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnx", "tensorrt", "tensorrt_rtx"])
@@ -39,3 +41,10 @@ def test_a_target_without_options(backend: str) -> None:
 )  # fmt: skip
 def test_a_measure_is_told_from_its_limit(metric: str, value: float, text: str) -> None:
     assert measure_text(metric, value) == text
+
+
+def test_every_stage_that_breaks_its_contract_is_named() -> None:
+    """Of a pass that ran twice the first time too."""
+    passes = [step("cast", parity=parity(worst=1e-3)), step("cast")]
+    report = BuildReport(trace=parity(), passes=passes, engine=parity(worst=1e-2))
+    assert report.broken == ["cast", "engine"]

@@ -33,7 +33,7 @@ from graphopt.backends.tensorrt.options import (
     shapes_in,
 )
 from graphopt.dims import Dim
-from graphopt.errors import MissingBackendError, PipelineError
+from graphopt.errors import LoweringError, MissingBackendError, PipelineError
 from graphopt.ir import Graph, types_of
 from graphopt.runtime.cache import CacheLayout
 from graphopt.schemas.pipeline import TargetConfig
@@ -121,6 +121,43 @@ def test_attention_has_a_causal_flag_or_a_mask(mask: str, causal: str, dialect: 
             flag = any(attribute.name == "is_causal" for attribute in node.attribute)
             assert flag == bool(causal and not mask)
             assert not (flag and any(node.input[3:]))
+
+
+# A cache of which there are new rows only
+
+CACHED = """
+    input %n: i64[batch]
+    input %past: {0}[batch, 2, 64, 8]
+    input %k: f32[batch, 2, sequence, 8]
+    weight %s: f32[]
+    %new: {0}[batch, 2, sequence, 8] = {1}
+    %present: {0}[batch, 2, 64, 8] = graphopt.kv_cache_update.default(cache=%past, new=%new, starts=%n)
+    %read: f32[batch, 2, 64, 8] = {2}
+    output present = %present
+    output read = %read
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "read", "hint"),
+    [
+        ("f16", "aten.to.dtype(self=%k, dtype=f16)", "aten.to.dtype(self=%present, dtype=f32)", "dtype: fp16"),
+        (
+            "i8",
+            "graphopt.quantize.default(x=%k, scale=%s, dtype=i8)",
+            "graphopt.dequantize.default(x=%present, scale=%s)",
+            "10.15",
+        ),
+    ],
+    ids=["fp16", "int8"],
+)
+def test_what_stands_between_a_cache_and_its_attention_has_a_remedy(
+    dtype: str, stored: str, read: str, hint: str
+) -> None:
+    with pytest.raises(LoweringError, match="reads a cache, of which there are only the new rows") as error:
+        Emitter(graph_of(CACHED.format(dtype, stored, read)), OLD)
+    assert error.value.hint is not None
+    assert hint in error.value.hint
 
 
 # Profiles

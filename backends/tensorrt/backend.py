@@ -110,7 +110,7 @@ class TensorRtBackend(Backend):
         if self.unrunnable() is None:
             kernels = kernels_of(layers_of(trt, opened_plan(self.flavour, plan.data, folder / PLAN).engine))
         warnings = [f"{self.name}: {each}" for each in plan.warnings]
-        hole = hole_in(graph.dims, asked, layout_of(graph)) if graph.dims else None
+        hole = hole_in(graph.dims, asked, layout_of(graph))
         if hole is not None:
             sizes = ", ".join(f"{name} = {size}" for name, size in hole.items())
             warnings.append(f"{self.name}: dims allow sizes that fit no profile: {sizes}, for one")
@@ -183,8 +183,8 @@ class TensorRtRtxBackend(TensorRtBackend):
 def _asked(graph: Graph, emitter: Emitter) -> dict[str, int]:
     """How many products of linears are to be in which precision."""
     linears = [node for node in graph.nodes if node.op == "aten.linear.default"]
-    forms = ("integers", "integers in parts")
-    integers = sum(emitter.used_forms.get(form, 0) for form in forms) if not _of_fp8(graph) else 0
+    of_integers = (count for form, count in emitter.used_forms.items() if form.startswith("integers"))
+    integers = sum(of_integers) if not _of_fp8(graph) else 0
     return {
         "int8": integers,
         "fp16": sum(node.output.type.dtype == torch.float16 for node in linears),
