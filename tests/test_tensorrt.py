@@ -28,6 +28,7 @@ from graphopt.backends.tensorrt.options import (
     Profile,
     for_two_rows,
     hole_in,
+    most_run,
     nearest_profile,
     profiles_of,
     shapes_in,
@@ -201,6 +202,15 @@ def test_profiles_may_be_given() -> None:
     own = {"batch": (1, 2, 4), "sequence": (2, 8, 64)}, {"batch": (1, 1, 1), "sequence": (2, 8, 32)}
     assert found_in(graph, Options(profiles=own)) == list(own)
     assert nearest_profile(list(own), {"batch": 1, "sequence": 9}) == 1
+
+
+def test_a_decoders_steps_are_most_of_what_it_runs() -> None:
+    step: Profile = {"batch": (1, 2, 4), "sequence": (1, 1, 1)}
+    prompt: Profile = {"batch": (1, 2, 4), "sequence": (1, 32, 64)}
+    layout = cast(CacheLayout, SimpleNamespace(max_length=64, window=None, sequence="sequence"))
+    assert most_run([prompt, step], layout) == [step]
+    assert most_run([prompt], layout) == [prompt]
+    assert most_run([step, prompt], None) == [step, prompt]
 
 
 def test_profiles_of_an_encoder_are_of_its_own_sizes() -> None:

@@ -13,6 +13,7 @@ from graphopt.backends.quirks import quirks_in_force
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.linears import Device
 from graphopt.backends.tensorrt.options import Accumulate, Profile
+from graphopt.dims import Dim
 from graphopt.errors import LoweringError
 from graphopt.ir import Graph
 from graphopt.tensors import Weight
@@ -21,14 +22,31 @@ from tests.rules import inputs_of
 from tests.test_tensorrt import SIZES, graph_of
 
 LINEAR = """
-    input %x: f16[batch, sequence, 2048]
-    weight %w: f16[64, 2048]
+    input %x: f16[batch, sequence, 4096]
+    weight %w: f16[64, 4096]
     weight %b: f16[64]
     %y: f16[batch, sequence, 64] = aten.linear.default(input=%x, weight=%w{0})
     output y = %y
 """
 FEW: list[Profile] = [{"batch": (1, 1, 4), "sequence": (1, 32, 64)}]
 MANY: list[Profile] = [*FEW, {"batch": (1, 4, 4), "sequence": (1, 1280, 1280)}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "features", "processors", "parts"),
+    [
+        (1, 2048, 8192, 132, 4), (1, 2048, 4096, 132, 2), (1, 2048, 2048, 132, 1), (1, 4096, 16384, 132, 2),
+        (65, 2048, 8192, 132, 2), (128, 1024, 4096, 132, 2), (1024, 1024, 4096, 132, 1), (1, 2048, 8192, 63, 1),
+        (1, 2048, 12290, 132, 2), (1, 2048, 8193, 132, 1),
+    ],
+)  # fmt: skip
+def test_parts_are_long_and_fit_on_the_processors(
+    rows: int, channels: int, features: int, processors: int, parts: int
+) -> None:
+    few = Device(processors, [{"batch": (1, 1, 4), "sequence": (1, rows, 1024)}])
+    assert few.parts((Dim.named("batch"), Dim.named("sequence")), channels, features) == parts
+    many = Device(processors, [*few.profiles, {"batch": (1, 4, 4), "sequence": (1, 1024, 1024)}])
+    assert many.parts((Dim.named("batch"), Dim.named("sequence")), channels, features) == 1
 
 
 def dialect_for(processors: int, profiles: list[Profile]) -> Dialect:
@@ -51,14 +69,14 @@ def test_a_long_sum_with_few_tiles_is_taken_in_parts(bias: str, sizes: Mapping[s
 
 @pytest.mark.parametrize(("parts", "fits"), [(True, False), (False, True)])
 def test_parts_that_half_precision_does_not_hold(parts: bool, fits: bool) -> None:
-    """1024 times 100 is more than 65,504: what split_sums says of itself. By the reference, which rounds where the model does."""
+    """2048 times 100 is more than 65,504: what split_sums says of itself. By the reference, which rounds where the model does."""
     graph = graph_of(LINEAR.format(""))
-    row = torch.cat([torch.full((1024,), 1.0), torch.full((1024,), -1.0)])
-    graph.weights["w"] = Weight.of(row.expand(64, 2048).half().contiguous())
+    row = torch.cat([torch.full((2048,), 1.0), torch.full((2048,), -1.0)])
+    graph.weights["w"] = Weight.of(row.expand(64, 4096).half().contiguous())
     device = Device(132, FEW if parts else MANY)
     dialect = tensorrt_dialect(lambda op: True, device=device, accumulate="long")
     with np.errstate(over="ignore", invalid="ignore"):
-        (got,) = run_reference(emit(graph, dialect), {"x": torch.full((1, 1, 2048), 100.0).half()})
+        (got,) = run_reference(emit(graph, dialect), {"x": torch.full((1, 1, 4096), 100.0).half()})
     assert bool((got == 0).all()) == fits
 
 
@@ -75,7 +93,7 @@ def test_sums_in_fp32_are_products_between_casts(profiles: list[Profile], sizes:
         0 if profiles is FEW else 3,
         int(profiles is FEW),
     )
-    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-1)  # of sums of 2048 products
+    assert_same(graph, inputs, run_onnxruntime(model, inputs), 2e-1)  # of sums of 4096 products
     body = LINEAR.format("").replace("f16", "f32")
     assert Emitter(graph_of(body), dialect).used_forms == {"whole": 1}
 
@@ -85,8 +103,8 @@ def test_sums_in_fp32_are_products_between_casts(profiles: list[Profile], sizes:
     [
         ({}, 132, MANY, "enough tiles"),
         ({}, 1, FEW, "enough tiles"),
-        ({"2048": "2046"}, 132, FEW, "a short sum"),
-        ({"2048": "1024"}, 132, FEW, "a short sum"),
+        ({"4096": "4097"}, 132, FEW, "no parts divide"),
+        ({"4096": "2048"}, 132, FEW, "a short sum"),
         ({"f16": "f32"}, 132, FEW, "fp32"),
     ],
 )
@@ -107,12 +125,12 @@ def test_other_linears_stay_whole(
 # In few bits
 
 INTEGERS = """
-    input %x: f16[batch, sequence, 2048]
+    input %x: f16[batch, sequence, 4096]
     weight %s: f16[]
-    weight %w: i8[64, 2048]
+    weight %w: i8[64, 4096]
     weight %z: f16[64]
     weight %b: f16[64]
-    %q: i8[batch, sequence, 2048] = graphopt.quantize.default(x=%x, scale=%s, dtype=i8)
+    %q: i8[batch, sequence, 4096] = graphopt.quantize.default(x=%x, scale=%s, dtype=i8)
     %y: f16[batch, sequence, 64] = graphopt.static_linear.default(x=%q, x_scale=%s, weight=%w, scale=%z{0})
     output y = %y
 """
@@ -147,7 +165,7 @@ def test_a_long_sum_of_integers_with_few_tiles_is_taken_in_parts(bias: str, size
     ("changes", "processors", "profiles", "reason"),
     [
         ({}, 132, MANY, "enough tiles"),
-        ({"2048": "1024"}, 132, FEW, "a short sum"),
+        ({"4096": "2048"}, 132, FEW, "a short sum"),
         ({"i8": "f8e4m3"}, 132, FEW, "fp8"),
     ],
 )
@@ -162,13 +180,13 @@ def test_other_linears_of_integers_stay_whole(
 
 
 ATTENDED = """
-    input %q: f16[batch, sequence, 32, 64]
+    input %q: f16[batch, sequence, 64, 64]
     weight %s: f16[]
-    weight %w: i8[64, 2048]
+    weight %w: i8[64, 4096]
     weight %z: f16[64]
-    %a: f16[batch, sequence, 32, 64] = graphopt.attention.default(q=%q, k=%q, v=%q, scale=0.125, heads_last=True)
-    %x: f16[batch, sequence, 2048] = aten.reshape.default(self=%a, shape=[batch, sequence, 2048])
-    %i: i8[batch, sequence, 2048] = graphopt.quantize.default(x=%x, scale=%s, dtype=i8)
+    %a: f16[batch, sequence, 64, 64] = graphopt.attention.default(q=%q, k=%q, v=%q, scale=0.125, heads_last=True)
+    %x: f16[batch, sequence, 4096] = aten.reshape.default(self=%a, shape=[batch, sequence, 4096])
+    %i: i8[batch, sequence, 4096] = graphopt.quantize.default(x=%x, scale=%s, dtype=i8)
     %y: f16[batch, sequence, 64] = graphopt.static_linear.default(x=%i, x_scale=%s, weight=%w, scale=%z)
     output y = %y
 """

@@ -23,7 +23,15 @@ from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, opened_plan,
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, load_plugins, parsed_ops
 from graphopt.backends.tensorrt.inspection import check_kernels, kernels_of, layers_of
 from graphopt.backends.tensorrt.linears import Device
-from graphopt.backends.tensorrt.options import Options, Profile, check_names, for_two_rows, hole_in, profiles_of
+from graphopt.backends.tensorrt.options import (
+    Options,
+    Profile,
+    check_names,
+    for_two_rows,
+    hole_in,
+    most_run,
+    profiles_of,
+)
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import EngineError, MissingBackendError, PipelineError
@@ -75,7 +83,7 @@ class TensorRtBackend(Backend):
             own = "0"
         device = None
         if self.options.split_sums and self.unrunnable() is None:
-            device = Device.here(self.profiles(graph))
+            device = Device.here(most_run(self.profiles(graph), layout_of(graph)))
         padding = self.options.packed_padding if self.flavour.has_plugins else None
         quirks = quirks_in_force(self.name, own)
         dialect = tensorrt_dialect(

@@ -42,8 +42,9 @@ class Options(Schema):
     """Where ``remove_padding`` packs tokens: padding is ``dropped``, and sizes depend on the data; or it goes ``behind`` all
     tokens, no size changes, calls can be CUDA graphs, and only attention takes less time."""
     split_sums: bool = False
-    """Long sums of linears whose results are few tiles in two parts (split-K), for the GPU that is here. Each part must fit into
-    half precision, which holds up to 65,504, where the whole may."""
+    """Long sums of linears whose results are few tiles in two or four parts (split-K), for the GPU that is here: few at all
+    expected sizes, or at a decoder's single tokens. Each part must fit into half precision, which holds up to 65,504, where the
+    whole may."""
     tf32: bool = False
     """Products of fp32 in TF32: faster, with 10 bits of mantissa."""
     sparse_weights: bool = False
@@ -104,6 +105,12 @@ def profiles_of(
     is_expected = any(shape[layout.sequence] == 1 for shape in shapes)
     decode = [{**whole, layout.sequence: (1, 1, 1)}] if low == 1 and not is_expected else []
     return [*exact, *decode, prefill]
+
+
+def most_run(profiles: Sequence[Profile], layout: CacheLayout | None) -> list[Profile]:
+    """A decoder's profiles of single tokens, which take most of its time; all profiles of anything else."""
+    steps = [] if layout is None else [each for each in profiles if each[layout.sequence][1] == 1]
+    return steps or list(profiles)
 
 
 def check_names(dims: Mapping[str, DimRange], options: Options) -> None:
