@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -309,21 +310,21 @@ def bench_table(timed: list[dict[str, Any]]) -> Table:
     return table
 
 
-def passes_table(known: Mapping[str, type[Pass]]) -> Table:
-    table = _table("passes", "kind", "needs", "gives", "what it does", "options")
+def passes_table(known: Mapping[str, type[Pass]]) -> RenderableType:
+    table = _table("passes", "", "")
+    table.show_header = False
     for kind, step in known.items():
-        table.add_row(
-            kind,
-            ", ".join(sorted(step.requires)),
-            ", ".join(sorted(step.provides)),
-            escape((inspect.getdoc(step) or "").split("\n")[0]),
-            escape("\n".join(_option(name, field) for name, field in step.model_fields.items() if name != "kind")),
-        )
-    return table
+        facts = {"needs": step.requires, "gives": step.provides, "options": _own_options(step)}
+        told = "; ".join(f"{what} {', '.join(names)}" for what, names in facts.items() if names)
+        table.add_row(kind, Text((inspect.getdoc(step) or "").split("\n")[0]))
+        if told:
+            table.add_row("", Text(told, style="dim"))
+    every = "Each has allow_no_match as well. A pass with its options and a picture: graphopt passes KIND"
+    return Group(table, "", Text(every, style="dim"))
 
 
-def _option(name: str, field: Any) -> str:
-    return f"{name}: {_type_name(field.annotation)} = {_default(field)}"
+def _own_options(step: type[Pass]) -> list[str]:
+    return [name for name in step.model_fields if name not in Pass.model_fields]
 
 
 def _type_name(annotation: Any) -> str:
@@ -348,14 +349,21 @@ def _default(field: FieldInfo) -> str:
 
 
 def pass_page(kind: str, step: type[Pass]) -> RenderableType:
-    """A pass with its module's picture of before and after."""
+    """A pass with its module's picture of before and after, and its options."""
     module = inspect.getmodule(step)
-    table = _table("options", "name", "type", "default", "")
+    options: list[RenderableType] = []
     for name, field in step.model_fields.items():
         if name != "kind":
-            words = Text((field.description or "").replace("``", ""))
-            table.add_row(name, escape(_type_name(field.annotation)), escape(_default(field)), words)
-    return Group(f"[bold]{kind}[/]", "", Text(inspect.getdoc(module) or ""), "", table)
+            options.append(f"[bold]{name}[/]: {escape(_type_name(field.annotation))} = {escape(_default(field))}")
+            if field.description:
+                options.append(Padding(Text(_flowing(field.description)), (0, 0, 0, 4)))
+    words = [Text(f"{_flowing(part)}\n") for part in (inspect.getdoc(module) or "").split("\n\n") if part != "::"]
+    return Group(f"[bold]{kind}[/]", "", *words, "[bold]options[/]", *options)
+
+
+def _flowing(paragraph: str) -> str:
+    """Without the line breaks of its source and marks of code; pictures, which are indented, stay as they are."""
+    return paragraph if paragraph.startswith(" ") else " ".join(paragraph.replace("``", "").replace("::", ":").split())
 
 
 def doctor_facts() -> dict[str, Any]:
