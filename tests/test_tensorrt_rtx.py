@@ -86,6 +86,7 @@ def compiled(
 SCHEMES: dict[str, list[dict[str, Any]]] = {
     "fp32": [],
     "fp16": [{"kind": "cast"}],
+    "bf16": [{"kind": "cast", "dtype": "bf16"}],
     **{
         name: [{"kind": "cast"}, {"kind": "quantize", "embeddings": False, **options}]
         for name, options in {
@@ -105,9 +106,10 @@ def test_it_builds(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "e" / PLAN).stat().st_size > 1000
     layers = made.manifest.report.engine_ops
     assert layers["ATTENTION_INPUT"] == 2
-    assert bool(layers.get("DEQUANTIZE")) == (name not in ("fp32", "fp16"))
+    assert bool(layers.get("DEQUANTIZE")) == (name not in ("fp32", "fp16", "bf16"))
     assert made.manifest.files[PLAN]
     assert "tensorrt_rtx" in made.manifest.versions
+    assert not any("nor was the model" in warning for warning in made.report.warnings)
 
 
 @pytest.mark.parametrize("source", [llama, vit], ids=["llama", "vit"])

@@ -31,6 +31,8 @@ DTYPES: dict[torch.dtype, ir.DataType] = {
 }  # fmt: skip
 
 
+#: Nodes tell by this name where they come from: module, source line, passes.
+ORIGIN = "graphopt.origin"
 #: Integers of the same size, for dtypes that numpy has not.
 PLAIN = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 #: Ops that are newer than the opset that dialects are written in.
@@ -158,7 +160,7 @@ class Emitter:
         for index, value in enumerate(node.outputs):
             value.name = self._unique(f"{self._scope}.{node.op_type.lower()}" + (f".{index}" if index else ""))
         if self._origin:
-            node.metadata_props["graphopt.origin"] = self._origin
+            node.metadata_props[ORIGIN] = self._origin
         self._nodes.append(node)
         return tuple(node.outputs)
 

@@ -18,8 +18,9 @@ from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, op_counts, wr
 from graphopt.backends.onnx.emitter import Dialect, Emitter
 from graphopt.backends.onnx.weights import embed
 from graphopt.backends.onnxruntime.dialect import onnxruntime_dialect
-from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, make_session, onnxruntime, shape_options
+from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine, caller_of, make_session, onnxruntime, shape_options
 from graphopt.backends.onnxruntime.tactics import Tuner, cpu_features, tuning_sizes
+from graphopt.backends.onnxruntime.widened import widened
 from graphopt.backends.quirks import faults_in_force
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, parsed_ops
@@ -130,12 +131,22 @@ class OnnxRuntimeBackend(Backend):
         if self._tuner is not None:
             self._tuner.sizes = self.options.tune or tuning_sizes(graph, graph.dims)  # passes may have added a past
         choose = self._tuner.choose if self._tuner else lambda node: None
-        emitter = Emitter(graph, self.dialect, choose)
+        own, rounded = self._runnable(graph)
+        emitter = Emitter(own, self.dialect, choose)
         built = write_model(emitter, folder, progress)
+        if rounded:
+            built.warnings.append(
+                f"onnxruntime has no kernels for bf16 on the CPU: {len(rounded)} ops, first {rounded[0]}, are computed in fp32"
+                " and rounded, which takes longer than fp32"
+            )
         built.tactics = list(self._tuner.reports.values()) if self._tuner else []
         if self.target.provider == "cpu":
             check_integers(graph, folder / MODEL)
         return built
+
+    def _runnable(self, graph: Graph) -> tuple[Graph, list[str]]:
+        """The graph without what the provider has no kernels for, and where that stood."""
+        return widened(graph) if self.target.provider == "cpu" else (graph, [])
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, **options: Any) -> Engine:
@@ -149,7 +160,8 @@ class OnnxRuntimeBackend(Backend):
     def inner_values(
         self, graph: Graph, names: Sequence[str]
     ) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
-        emitter = Emitter(graph, self.dialect, self._tuner.choose if self._tuner else lambda node: None, show=names)
+        own, _ = self._runnable(graph)
+        emitter = Emitter(own, self.dialect, self._tuner.choose if self._tuner else lambda node: None, show=names)
         embed(emitter)
         inputs = types_of(graph.inputs)
         options = {**shape_options(self.target.provider, inputs, graph.dims), **self.options.provider_options}
@@ -159,9 +171,10 @@ class OnnxRuntimeBackend(Backend):
             self.target.threads,
             provider_options=options,
         )
+        call = caller_of(session)
 
         def run(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            results = session.run(list(names), {name: to_numpy(tensor) for name, tensor in inputs.items()})
+            results = call(list(names), {name: to_numpy(tensor) for name, tensor in inputs.items()})
             return {name: to_torch(array) for name, array in zip(names, results, strict=True)}
 
         return run

@@ -21,9 +21,11 @@ from graphopt.tensors import TensorType
 if TYPE_CHECKING:
     from graphopt.backends.onnxruntime.engine import OnnxRuntimeEngine
 
-NUMPY = {
-    torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.int32: np.int32, torch.int8: np.int8,
-    torch.bool: np.bool_,
+BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: of bf16 onnxruntime knows no arrays
+#: What bindings call the elements of tensors.
+_ELEMENTS = {
+    torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: BFLOAT16, torch.int64: np.int64,
+    torch.int32: np.int32, torch.int8: np.int8, torch.bool: np.bool_,
 }  # fmt: skip
 
 
@@ -158,4 +160,4 @@ def _bind_tensor(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
     assert tensor.is_contiguous()
     pointer = tensor.data_ptr() or _NOTHING.data_ptr()  # an empty tensor lies nowhere
     device = tensor.device.index or 0
-    bind(name, tensor.device.type, device, NUMPY[tensor.dtype], tuple(tensor.shape), pointer)
+    bind(name, tensor.device.type, device, _ELEMENTS[tensor.dtype], tuple(tensor.shape), pointer)

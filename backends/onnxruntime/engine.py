@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from graphopt.backend import missing
-from graphopt.backends.onnxruntime.bound_cache import BoundCache, running
+from graphopt.backends.onnxruntime.bound_cache import BFLOAT16, BoundCache, running
 from graphopt.backends.tensorrt.options import Options, profiles_of, shapes_in
 from graphopt.errors import BackendError, MissingBackendError
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
@@ -71,12 +74,52 @@ def make_session(
         given = model if isinstance(model, bytes) else str(model)
         session = ort.InferenceSession(given, options, providers=[(wanted, dict(provider_options or {}))])
     except Exception as error:
-        raise BackendError(f"onnxruntime refuses the model: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        raise BackendError(f"onnxruntime refuses the model: {said}", where=_origin(model, said)) from error
     if session.get_providers()[0] != wanted:
         raise BackendError(f"onnxruntime runs the model on {session.get_providers()[0]}, not on {wanted}")
     if provider != "cpu":
         _refuse_fallback(session, wanted)
     return session
+
+
+def _origin(model: bytes | Path, said: str) -> str | None:
+    """Where a node comes from that onnxruntime names."""
+    import onnx
+
+    from graphopt.backends.onnx.emitter import ORIGIN
+
+    named = re.search(r"node with name '([^']+)'", said)
+    if named is None:
+        return None
+    whole = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model, load_external_data=False)
+    found = (each.metadata_props for each in whole.graph.node if each.name == named[1])
+    return next((prop.value for props in found for prop in props if prop.key == ORIGIN), None)
+
+
+Caller = Callable[[Sequence[str] | None, Mapping[str, np.ndarray]], list[np.ndarray]]
+
+
+def caller_of(session: Any) -> Caller:
+    """A session's ``run``, also for bf16, of which onnxruntime makes no arrays and takes none."""
+    types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
+    if "tensor(bfloat16)" not in types.values():
+        run: Caller = session.run
+        return run
+    ort = onnxruntime()
+
+    def value(array: np.ndarray) -> Any:
+        if array.dtype != ml_dtypes.bfloat16:
+            return ort.OrtValue.ortvalue_from_numpy(array)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.int16), BFLOAT16)
+
+    def call(names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        made = session.run_with_ort_values(names, {name: value(array) for name, array in feeds.items()})
+        return [
+            to_numpy(from_dlpack(each)) if each.data_type() == "tensor(bfloat16)" else each.numpy() for each in made
+        ]
+
+    return call
 
 
 #: What onnxruntime computes sizes with, on the CPU whatever the provider.
@@ -135,6 +178,7 @@ class OnnxRuntimeEngine(Engine):
         self.provider = provider
         options = {**shape_options(provider, self.inputs, self.dims), **(provider_options or {})}
         self.session = make_session(folder / model, provider, threads, provider_options=options)
+        self._call = caller_of(self.session)
 
     def must_be_apart(self, layout: CacheLayout, feeds: Mapping[str, Any]) -> bool:
         """Whether the rows must run one by one: GroupQueryAttention takes several tokens on top of a past for one row only."""
@@ -152,7 +196,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with running():
-            return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
+            return dict(zip(self.outputs, self._call(list(self.outputs), feeds), strict=True))
 
     def _new_cache(self, layout: CacheLayout, batch: int, once: Mapping[str, torch.Tensor]) -> KvCache:
         return BoundCache(self, layout, batch, once)

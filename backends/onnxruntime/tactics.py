@@ -23,7 +23,8 @@ import torch
 
 from graphopt.backends.onnx.emitter import Dialect, Emitter, Unsupported, packet
 from graphopt.backends.onnx.weights import embed
-from graphopt.backends.onnxruntime.engine import make_session, onnxruntime
+from graphopt.backends.onnxruntime.engine import caller_of, make_session, onnxruntime
+from graphopt.backends.onnxruntime.widened import widened
 from graphopt.dims import Dim
 from graphopt.errors import BackendError, LoweringError
 from graphopt.execution import run
@@ -114,7 +115,7 @@ class Tuner:
         key = graph.text()
         kept = self._cache.get(self._key(key))
         if kept is None:
-            session = self._session(Emitter(graph, self.dialect))
+            session = self._session(Emitter(widened(graph)[0], self.dialect))
             times = [_median_times([self._runner(session, inputs)])[0] for inputs in self._inputs(graph)]
             kept = _geometric_mean(times)
             self._keep(key, kept)
@@ -188,7 +189,8 @@ class Tuner:
     def _runner(self, session: Any, inputs: Mapping[str, torch.Tensor]) -> Callable[[], list[Any]]:
         known = {given.name for given in session.get_inputs()}
         feeds = {name: to_numpy(tensor) for name, tensor in inputs.items() if name in known}
-        return lambda: session.run(None, feeds)
+        call = caller_of(session)
+        return lambda: call(None, feeds)
 
     def _key(self, what: str) -> str:
         return hashlib.sha256(f"{self._identity}\n{what}".encode()).hexdigest()

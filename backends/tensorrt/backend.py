@@ -15,7 +15,8 @@ import torch
 from graphopt.attentions import PACKED
 from graphopt.backend import Backend, Built, Progress, no_progress, refuse_options
 from graphopt.backends.onnx.backend import MODEL, STANDARD_PASSES, write_model
-from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.onnx.emitter import ORIGIN, Emitter
+from graphopt.backends.onnxruntime.widened import widened
 from graphopt.backends.quirks import Quirk, faults_in_force, quirks_in_force
 from graphopt.backends.tensorrt.builder import build_plan
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
@@ -104,9 +105,7 @@ class TensorRtBackend(Backend):
         if self.flavour.has_plugins and PACKED in graph.op_counts():
             load_plugins(trt, [CREATOR])
         emitter = self.emit(graph)
-        origins = {
-            str(node.name): node.metadata_props.get("graphopt.origin", "") for node in emitter.model.graph.all_nodes()
-        }
+        origins = {str(node.name): node.metadata_props.get(ORIGIN, "") for node in emitter.model.graph.all_nodes()}
         with tempfile.TemporaryDirectory(dir=folder) as inside:
             written = write_model(emitter, Path(inside), progress)
             plan = build_plan(
@@ -160,7 +159,7 @@ class TensorRtBackend(Backend):
 
     def stand_in(self, graph: Graph, engine: Engine) -> Engine | None:
         assert isinstance(engine, TensorRtEngine)
-        made = StandIn(engine, self.emit(graph))
+        made = StandIn(engine, self.emit(widened(graph)[0]))
         if graph.prologue is not None and engine.prologue is not None:
             made.prologue = self.stand_in(graph.prologue, engine.prologue)
         return made

@@ -12,7 +12,7 @@ from torch import Tensor
 from graphopt.backends.onnx.backend import MODEL, write_model
 from graphopt.backends.onnx.emitter import Emitter
 from graphopt.backends.onnxruntime.bound_cache import running
-from graphopt.backends.onnxruntime.engine import make_session
+from graphopt.backends.onnxruntime.engine import caller_of, make_session
 from graphopt.backends.tensorrt.engine import TensorRtEngine
 from graphopt.runtime.cache import CacheLayout
 from graphopt.runtime.engine import to_numpy, to_torch
@@ -29,7 +29,7 @@ class StandIn(TensorRtEngine):
         self.new_rows = {str(value.name): value.shape for value in emitter.model.graph.outputs}
         with tempfile.TemporaryDirectory() as inside:
             write_model(emitter, Path(inside))
-            self.session = make_session(Path(inside) / MODEL)
+            self.call_session = caller_of(make_session(Path(inside) / MODEL))
 
     def check_device(self) -> None:
         pass
@@ -44,7 +44,7 @@ class StandIn(TensorRtEngine):
     ) -> dict[str, Tensor]:
         self.profile_for(env)
         with running():
-            found = self.session.run(list(self.outputs), {name: to_numpy(tensor) for name, tensor in feeds.items()})
+            found = self.call_session(list(self.outputs), {name: to_numpy(tensor) for name, tensor in feeds.items()})
         made = dict(results)
         for name, array in zip(self.outputs, found, strict=True):
             made[name] = made[name].copy_(to_torch(array)) if name in made else to_torch(array)
