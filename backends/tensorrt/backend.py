@@ -32,6 +32,7 @@ from graphopt.backends.tensorrt.options import (
     hole_in,
     most_run,
     profiles_of,
+    told,
 )
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
@@ -119,8 +120,7 @@ class TensorRtBackend(Backend):
         warnings = [f"{self.name}: {each}" for each in plan.warnings]
         hole = hole_in(graph.dims, asked, layout_of(graph))
         if hole is not None:
-            sizes = ", ".join(f"{name} = {size}" for name, size in hole.items())
-            warnings.append(f"{self.name}: dims allow sizes that fit no profile: {sizes}, for one")
+            warnings.append(f"{self.name}: dims allow sizes that fit no profile: {told(hole)}, for one")
         for fault, places in (widened | emitter.avoided).items():
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
         if kernels:

@@ -15,7 +15,7 @@ from torch import Tensor
 from graphopt.attentions import PACKED
 from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
 from graphopt.backends.tensorrt.flavours import Flavour, listening, load_plugins, logger_of
-from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
+from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of, told
 from graphopt.errors import BackendError, InputError, PipelineError
 from graphopt.execution import bind_dims
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
@@ -157,8 +157,7 @@ class TensorRtEngine(Engine):
         """The number of the profile that sizes fit into."""
         index = nearest_profile(self.profiles, env)
         if index is None:
-            sizes = ", ".join(f"{name} = {size}" for name, size in env.items())
-            raise InputError(f"{sizes} fit no profile of the engine", hint=f"profiles: {self.profiles}")
+            raise InputError(f"{told(env)} fit no profile of the engine", hint=f"profiles: {self.profiles}")
         return index
 
     def context_for(self, env: Mapping[str, int]) -> Any:
