@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from graphopt.backend import Backend, Built, Progress, no_progress, refuse_options
+from graphopt.errors import EngineError
 from graphopt.execution import run
 from graphopt.ir import Graph
-from graphopt.runtime.engine import Engine
+from graphopt.runtime.engine import Engine, to_numpy, to_torch
 from graphopt.schemas.manifest import Manifest
 from graphopt.tensors import Weight
 from graphopt.text import parse
@@ -35,7 +38,11 @@ class TorchBackend(Backend):
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
         progress("weights", 0.0)
         tensors = {name: weight.load().contiguous() for name, weight in graph.weights.items()}
-        save_file(tensors, folder / WEIGHTS)
+        try:
+            save_file(tensors, folder / WEIGHTS)
+        except SafetensorError as error:  # a full disk is one of these too
+            raise EngineError(f"cannot write the weights: {error}", where=str(folder / WEIGHTS)) from error
+        (folder / WEIGHTS).chmod(0o644)  # as other files: safetensors writes for the owner alone
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         return Built(files={WEIGHTS: digest}, weights_digest=digest, ops=graph.op_counts())
 
@@ -50,16 +57,16 @@ class TorchEngine(Engine):
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(manifest)
-        self.graph = parse((folder / "graph.gir").read_text())
+        self.graph = parse((folder / "graph.gir").read_text(encoding="utf-8"))
         for name in self.graph.weights:
             self.graph.weights[name] = Weight.from_safetensors(str(folder / WEIGHTS), name)
         self._loaded: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
-        inputs = {name: torch.as_tensor(tensor) for name, tensor in tensors.items()}
+        inputs = {name: to_torch(t) if isinstance(t, np.ndarray) else t for name, t in tensors.items()}
         device = next(iter(inputs.values())).device
         if device not in self._loaded:
             self._loaded[device] = {name: weight.load().to(device) for name, weight in self.graph.weights.items()}
         with torch.no_grad():
             results = run(self.graph, inputs, weights=self._loaded[device])
-        return results if as_torch else {name: tensor.numpy() for name, tensor in results.items()}
+        return results if as_torch else {name: to_numpy(tensor) for name, tensor in results.items()}

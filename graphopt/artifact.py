@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import shutil
@@ -37,6 +38,9 @@ def staged(target: Path) -> Iterator[Path]:
         raise EngineError(
             f"{target} exists and is no engine directory", hint="name a new directory, or remove it yourself"
         )
+    around = next((folder for folder in target.absolute().parents if (folder / MANIFEST).is_file()), None)
+    if around is not None:
+        raise EngineError(f"{target} would lie in the engine directory {around}", hint="name a directory outside of it")
     others = _others(target)
     if others:
         raise EngineError(
@@ -51,6 +55,8 @@ def staged(target: Path) -> Iterator[Path]:
         folder.chmod(0o755)
         _swap(folder, target)
     except OSError as error:
+        if not _is_of_writing(error, target):
+            raise
         reason = error.strerror or str(error)
         raise EngineError(
             f"cannot write the engine: {reason}", where=str(error.filename or target), hint="nothing was left behind"
@@ -58,6 +64,18 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         if folder is not None and folder.exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+#: The disk is full, or a limit is reached, wherever.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def _is_of_writing(error: OSError, target: Path) -> bool:
+    """Whether the files of an engine were not taken; anything else is an error of a pass or a library."""
+    if error.errno in _FULL:
+        return True
+    parent = target.parent.resolve()
+    return error.filename is not None and parent in (path := Path(str(error.filename)).resolve(), *path.parents)
 
 
 def _others(target: Path) -> list[str]:
@@ -85,8 +103,11 @@ def _swap(folder: Path, target: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineError(f"{path.name} cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -98,9 +119,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     if (folder / PROLOGUE).is_dir():  # its manifest has the digests of its files
         files[f"{PROLOGUE}/{MANIFEST}"] = sha256(folder / PROLOGUE / MANIFEST)
     manifest = manifest.model_copy(update={"files": files})
-    (folder / REPORT).write_text(render(manifest))
+    (folder / REPORT).write_text(render(manifest), encoding="utf-8")
     manifest = manifest.model_copy(update={"files": files | {REPORT: sha256(folder / REPORT)}})
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -110,8 +131,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise EngineError(f"{folder} is no engine directory", where=str(path), hint="make one with graphopt compile")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format"]
+    except OSError as error:
+        raise EngineError(f"the manifest cannot be read: {error.strerror}", where=str(path)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(
             f"the manifest cannot be read: {error}", where=str(path), hint="compile the engine again"
@@ -180,4 +203,4 @@ def loaded(folder: Path, manifest: Manifest, *, check: bool = False, **options: 
 
 def read_graph(folder: str | Path) -> Graph:
     """The compiled graph of an engine directory, without the weights' data."""
-    return parse((Path(folder) / GRAPH).read_text())
+    return parse((Path(folder) / GRAPH).read_text(encoding="utf-8"))

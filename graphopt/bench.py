@@ -24,10 +24,14 @@ WARM_UPS = 3
 
 def parse_sizes(text: str) -> dict[str, int]:
     """``"batch=8,sequence=128"`` as sizes by name."""
+    parts = [part.partition("=") for part in text.split(",")]
     try:
-        return {name.strip(): int(size) for name, _, size in (part.partition("=") for part in text.split(","))}
+        sizes = {name.strip(): int(size) for name, _, size in parts}
     except ValueError:
         raise PipelineError(f"not sizes: {text!r}", where="--size", hint="write batch=8,sequence=128") from None
+    if len(sizes) < len(parts) or min(sizes.values()) < 1:
+        raise PipelineError(f"sizes are from 1 on, each given once: {text!r}", where="--size")
+    return sizes
 
 
 def bench_engine(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -28,7 +30,7 @@ err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 EngineDir = Annotated[Path, typer.Argument(help="An engine directory.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the engine; by default one for each core.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; by default one for each core.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -239,7 +241,9 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """The entry point: errors of graphopt as text with exit code 2, Ctrl-C with 130."""
+    """The entry point: errors of graphopt as text with exit code 2, as those of anything else after their traceback; Ctrl-C with
+    130, and SIGTERM, on which builds clean up as well, with 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     show.quiet_libraries()
     _guarded(app)
 
@@ -254,6 +258,11 @@ def _guarded(run: Callable[[], Any]) -> None:
         if error.hint:
             err.print(f"  [dim]to do:[/] {show.escape(error.hint)}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # typer's own of Ctrl-C
+            raise
         err.print("[bold]stopped[/]; nothing was left behind")
         raise SystemExit(130) from None
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(2) from None

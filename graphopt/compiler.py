@@ -30,7 +30,7 @@ from graphopt.errors import (
 from graphopt.ir import Graph
 from graphopt.measures import measure_text
 from graphopt.models import load_model
-from graphopt.parity import Contract, Probe, bisect
+from graphopt.parity import Contract, Difference, Probe, bisect
 from graphopt.pipeline import (
     Context,
     Instrument,
@@ -93,6 +93,22 @@ class _Build:
         self.progress(name, 1.0)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Takes no key twice, of which the last would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(file: str | Path) -> PipelineConfig:
     """A pipeline file in YAML. PipelineError names the key that is wrong."""
     path = Path(file)
@@ -103,7 +119,9 @@ def read_config(file: str | Path) -> PipelineConfig:
     if not path.is_file():
         raise PipelineError(f"there is no pipeline file {path}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)  # noqa: S506  # a safe loader
+    except UnicodeDecodeError as error:
+        raise PipelineError(f"a pipeline file is in UTF-8: {error}", where=str(path)) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
@@ -200,7 +218,7 @@ def _compile(
             built = build.backend.build(graph, folder, build.progress)
             if graph.prologue is not None:
                 _build_prologue(build, graph.prologue, folder / artifact.PROLOGUE)
-        (folder / artifact.GRAPH).write_text(graph.text(origins=True))
+        (folder / artifact.GRAPH).write_text(graph.text(origins=True), encoding="utf-8")
         models.copy_tokenizer(build.source, folder)
         manifest = _manifest(build, graph, built, reports, traced, traced_ops)
         with build.part("engine"):
@@ -226,7 +244,7 @@ def _build_prologue(build: _Build, graph: Graph, folder: Path) -> None:
     """What runs once before, as an engine of its own inside the directory."""
     folder.mkdir()
     built = build.backend.build(graph, folder, build.progress)
-    (folder / artifact.GRAPH).write_text(graph.text(origins=True))
+    (folder / artifact.GRAPH).write_text(graph.text(origins=True), encoding="utf-8")
     artifact.write_manifest(folder, _manifest(build, graph, built, [], None, {}))
 
 
@@ -335,13 +353,14 @@ def final_contract(steps: Sequence[Pass], override: Budget | None) -> Contract:
     return override or (budgets[-1] if budgets else Exact())
 
 
-def first_engine_difference(backend: Backend, graph: Graph, proof: Proof) -> Any:
-    """Run the graph on the backend with every inner value shown; the first that is not the interpreter's."""
+def first_engine_difference(backend: Backend, graph: Graph, proof: Proof) -> Difference | str | None:
+    """Run the graph on the backend with every inner value shown; the first that is not the interpreter's, or why it cannot be
+    looked for."""
     names = [value.name for node in graph.nodes for value in node.outputs]
     try:
         show = backend.inner_values(graph, names)
-    except (NotImplementedError, GraphError):
-        return None
+    except (NotImplementedError, GraphError) as error:
+        return f"in the outputs: inner values cannot be shown ({str(error) or backend.name})"
     found = (bisect(graph, show, single_run(graph, probe)) for probe in proof.probes)
     return next((difference for difference in found if difference is not None), None)
 
@@ -396,7 +415,8 @@ def source_of(model: str | Source | nn.Module) -> Source:
 
 
 def verify(folder: str | Path, model: str | Source | nn.Module) -> StageParity:
-    """Compare an engine directory with a model again, on fresh probes. ParityError if it breaks its contract."""
+    """Compare an engine directory with a model again, on fresh probes: ``holds`` of the result says whether it keeps its
+    contract. ParityError if the two cannot be compared."""
     engine, source = artifact.load(folder), source_of(model)
     layout = engine.layout
     mask = engine.manifest.mask if layout is None else source.mask

@@ -6,12 +6,13 @@ import importlib
 import os
 import shutil
 import tempfile
+import traceback
 from pathlib import Path
 from types import FunctionType, ModuleType
 
 import torch
 
-from graphopt.errors import ModelError, nearest
+from graphopt.errors import GraphoptError, ModelError, nearest
 from graphopt.sources import Source, transformers_source
 
 TOKENIZER_FILES = (
@@ -51,7 +52,15 @@ def from_factory(spec: str) -> Source:
         raise ModelError(
             f"{module_name} has no function {attribute!r}", where=spec, hint=nearest(attribute, _functions(module))
         )
-    made = factory()
+    try:
+        made = factory()
+    except GraphoptError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ModelError(
+            f"{spec} failed: {type(error).__name__}: {error}", where=f"{last.filename}:{last.lineno}"
+        ) from error
     if isinstance(made, tuple) and len(made) == 3:
         made = Source(*made, name=attribute)
     if not isinstance(made, Source):

@@ -15,6 +15,10 @@ from graphopt.errors import GraphError, nearest
 PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
 
 
+#: Of ops that may be registered later.
+_NAMESPACES = frozenset({"aten", "graphopt", "transformers", "torchvision"})
+
+
 @cache
 def resolve(op: str) -> torch._ops.OpOverload:
     """The torch op behind a name. GraphError for a name that is no torch op."""
@@ -29,6 +33,22 @@ def resolve(op: str) -> torch._ops.OpOverload:
         raise GraphError(f"{namespace}.{name} has no overload {overload!r}", hint=nearest(overload, packet.overloads()))
     found: torch._ops.OpOverload = getattr(packet, overload)
     return found
+
+
+@cache
+def path_of(name: str) -> str:
+    """``add`` as ``aten.add``, a namespace of ops as it is. GraphError for what is neither."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if hasattr(torch.ops.aten, name):
+        return f"aten.{name}"
+    registered = [op.split("::") for op in torch._C._dispatch_get_all_op_names()]
+    if name in _NAMESPACES or any(namespace == name for namespace, _ in registered):
+        return name
+    known = {op.partition(".")[0] for namespace, op in registered if namespace == "aten" and not op.startswith("_")}
+    raise GraphError(
+        f"there is no torch op aten.{name}, and no ops are in a namespace {name}", hint=nearest(name, known)
+    )
 
 
 @cache

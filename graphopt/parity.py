@@ -19,6 +19,8 @@ from graphopt.schemas.pipeline import HIGHER_IS_BETTER, Budget, Exact
 from graphopt.schemas.report import OutputParity, ProbeParity, StageParity
 
 Contract = Exact | Budget
+#: At most so many times epsilon in half precision.
+_ROUNDINGS = {torch.float16: 16.0, torch.bfloat16: 8.0}
 Outputs = Mapping[str, Tensor]
 
 
@@ -40,7 +42,7 @@ def compare(reference: Mapping[str, Any], candidate: Mapping[str, Any], mask: An
     found = {}
     for name, expected in reference.items():
         if name not in candidate:
-            raise ParityError(f"output {name!r} is missing", hint=f"there are {', '.join(candidate)}")
+            raise ParityError(f"output {name!r} is missing", hint=f"there are {', '.join(candidate) or 'none'}")
         found[name] = _compare_one(name, _tensor(expected), _tensor(candidate[name]), kept)
     return found
 
@@ -60,7 +62,10 @@ def _compare_one(name: str, expected: Tensor, got: Tensor, mask: Tensor | None) 
     if not expected.numel():
         return OutputParity(max_abs=0, relative=0, cosine=1, snr=math.inf, compared=0, left_out=total)
     a, b = (_as_numbers(tensor) for tensor in (expected, got))
-    difference = (a - b).abs()
+    if expected.is_floating_point() or expected.is_complex():
+        difference = (a - b).abs()
+    else:  # doubles do not hold every int64
+        difference = (expected.long() - got.long()).flatten().double().abs()
     max_abs = float(difference.max())
     if not math.isfinite(max_abs):  # NaN or infinity somewhere: equal ones are no difference
         same = (a == b) | (a.isnan() & b.isnan())
@@ -76,8 +81,8 @@ def _compare_one(name: str, expected: Tensor, got: Tensor, mask: Tensor | None) 
         relative=max_abs / scale if scale else max_abs,
         cosine=max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else -1.0,
         snr=_decibels(signal, noise),
-        compared=a.numel(),
-        left_out=total - a.numel(),
+        compared=expected.numel(),
+        left_out=total - expected.numel(),
     )
 
 
@@ -88,7 +93,9 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def _as_numbers(tensor: Tensor) -> Tensor:
-    """Floats as they are (16-bit ones widened), everything else in double precision."""
+    """Floats as they are (16-bit ones widened), complex numbers as pairs of them, everything else in double precision."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     wide = tensor.dtype in (torch.float32, torch.float64)
     return (
         tensor.flatten()
@@ -126,11 +133,10 @@ def judge(
         ProbeParity(sizes=probe.sizes, outputs=compare(reference, candidate, probe.mask))
         for probe, reference, candidate in zip(probes, references, candidates, strict=True)
     ]
-    outputs = [output for part in parts for output in part.outputs.values()]
     if isinstance(contract, Exact):
-        metric, limit = "relative", contract.rounding * _coarsest_epsilon(references)
-    else:
-        metric, limit = contract.metric, contract.limit
+        return _judge_exact(contract, references, parts)
+    metric, limit = contract.metric, contract.limit
+    outputs = [output for part in parts for output in part.outputs.values()]
     higher = metric in HIGHER_IS_BETTER
     if metric in ("kl", "top1"):
         values = [
@@ -146,13 +152,32 @@ def judge(
     )  # fmt: skip
 
 
+def _judge_exact(contract: Exact, references: Sequence[Outputs], parts: list[ProbeParity]) -> StageParity:
+    """Each output by the limit of its own dtype; told of is the one that comes nearest to its limit, or passes it most."""
+    coarsest = max((limit_of(contract, dtype) for dtype in _floating(references)), default=0.0)
+    found = []
+    for reference, part in zip(references, parts, strict=True):
+        for name, output in part.outputs.items():
+            dtype = reference[name].dtype
+            floating = dtype.is_floating_point or dtype.is_complex
+            found.append((output.relative, limit_of(contract, dtype) if floating else coarsest))
+    worst, limit = max(found, key=lambda each: each[0] / each[1] if each[1] else math.inf if each[0] else 0.0)
+    return StageParity(
+        contract=describe(contract), metric="relative", worst=worst, limit=limit, probes=parts, holds=worst <= limit
+    )
+
+
+def limit_of(contract: Exact, dtype: torch.dtype) -> float:
+    """What counts as rounding, of the largest magnitude: in half precision few roundings are seen, not a thousand."""
+    return min(contract.rounding, _ROUNDINGS.get(dtype, math.inf)) * torch.finfo(dtype).eps
+
+
 def describe(contract: Contract) -> str:
     return "exact" if isinstance(contract, Exact) else f"{contract.metric} {contract.limit:g}"
 
 
-def _coarsest_epsilon(references: Sequence[Outputs]) -> float:
-    floating = [tensor.dtype for outputs in references for tensor in outputs.values() if tensor.is_floating_point()]
-    return max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+def _floating(references: Sequence[Outputs]) -> set[torch.dtype]:
+    return {tensor.dtype for outputs in references for tensor in outputs.values() if tensor.is_floating_point()}
 
 
 def _agreement(expected: Tensor, got: Tensor) -> float:

@@ -147,9 +147,7 @@ class Ops:
         return Repeated(start, step, name)
 
     def __getattr__(self, name: str) -> OpPattern:
-        if name in ("aten", "graphopt", "transformers", "torchvision"):
-            return OpPattern(name)
-        return OpPattern(f"aten.{name}")
+        return OpPattern(operators.path_of(name))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from graphopt.calibration import Tapped, calibrate, feeds_of, in_order, means, sample, second_moments
-from graphopt.errors import CalibrationError, NoMatchError, ParityError, PipelineError, nearest
+from graphopt.errors import CalibrationError, NoMatchError, ParityError, PassError, PipelineError, nearest
 from graphopt.execution import run
 from graphopt.ir import Graph, Node
 from graphopt.measures import worst_and_limit
@@ -136,7 +136,16 @@ class Instrument(Protocol):
 
 def known_passes() -> dict[str, type[Pass]]:
     """Every installed pass by kind, third parties' included."""
-    return plugins(PASSES, Pass)
+    found = plugins(PASSES, Pass)
+    for name, step in found.items():
+        kind = step.model_fields["kind"].get_default()
+        if isinstance(kind, str) and kind != name:
+            raise PipelineError(
+                f"the entry point {name!r} is of the pass {kind!r}",
+                where=f"{step.__module__}.{step.__qualname__}",
+                hint="let both have one name",
+            )
+    return found
 
 
 def load_passes(
@@ -346,7 +355,8 @@ def run_passes(
         report = _run_one(graph, step, context)
         if proof is not None:
             budget = override or _looser(budget, step.contract())
-            parity = proof.of_pass(graph, budget) if report.changes or last is None else last
+            is_same = last is not None and not report.changes and _is_same(before, graph)
+            parity = last if is_same and last is not None else proof.of_pass(graph, budget)
             report = report.model_copy(update={"parity": parity})
             if not (parity.holds or force):
                 raise broken(step.kind, parity, first_difference(before, graph, proof))
@@ -355,6 +365,17 @@ def run_passes(
         for instrument in instruments:
             instrument.after(step, graph, report)
     return reports
+
+
+def _is_same(before: Graph, after: Graph) -> bool:
+    """Whether a pass left a graph as it was: its text, and the very weights."""
+    if before.text() != after.text() or before.weights.keys() != after.weights.keys():
+        return False
+    if any(weight is not after.weights[name] for name, weight in before.weights.items()):
+        return False
+    if before.prologue is None or after.prologue is None:
+        return before.prologue is after.prologue
+    return _is_same(before.prologue, after.prologue)
 
 
 def _looser(current: Contract, own: Contract) -> Contract:
@@ -376,6 +397,8 @@ def _run_one(graph: Graph, step: Pass, context: Context) -> PassReport:
         if before is not None:
             context.is_last = True
             log.add(step.run(before, context))
+        if not isinstance(log, RewriteLog):
+            raise PassError(f"{step.kind} returned a {type(log).__name__}", hint="run returns a RewriteLog")
         graph.verify()
     seconds = time.perf_counter() - start
     if not log.total and not step.allow_no_match:
@@ -430,8 +453,8 @@ def single_run(graph: Graph, probe: Probe) -> Probe:
     return replace(probe, inputs=last_step(_call(graph), layout, probe.inputs, probe.mask, _before(graph)))
 
 
-def broken(stage: str, parity: StageParity, difference: Difference | None) -> ParityError:
-    """The error of a stage that does not keep its contract."""
+def broken(stage: str, parity: StageParity, difference: Difference | str | None) -> ParityError:
+    """The error of a stage that does not keep its contract. ``difference``: the first, or why none was looked for."""
     where = str(difference) if difference else "in the outputs only: no inner value differs by itself"
     worst, limit = worst_and_limit(parity)
     return ParityError(

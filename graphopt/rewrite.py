@@ -114,7 +114,7 @@ class Build:
         self.weights: list[Value] = []
 
     def __getattr__(self, name: str) -> BuildOp:
-        return BuildOp(self, name if name in ("aten", "graphopt") else f"aten.{name}")
+        return BuildOp(self, operators.path_of(name))
 
     def node(self, op: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Node:
         bound = operators.bind(op, args, kwargs)

@@ -209,7 +209,7 @@ def read_graph(what: str) -> Graph:
     if path.suffix == ".gir":
         if not path.is_file():
             raise GraphError(f"there is no file {what}")
-        return parse(path.read_text())
+        return parse(path.read_text(encoding="utf-8"))
     if path.is_dir() and (path / artifact.MANIFEST).is_file():
         artifact.read_manifest(path)
         return artifact.read_graph(path)
@@ -351,13 +351,15 @@ def _default(field: FieldInfo) -> str:
 def pass_page(kind: str, step: type[Pass]) -> RenderableType:
     """A pass with its module's picture of before and after, and its options."""
     module = inspect.getmodule(step)
+    own = module is not None and module.__name__.startswith("graphopt.passes.")
+    page = (inspect.getdoc(module) if own else inspect.cleandoc(step.__doc__ or "")) or ""
     options: list[RenderableType] = []
     for name, field in step.model_fields.items():
         if name != "kind":
             options.append(f"[bold]{name}[/]: {escape(_type_name(field.annotation))} = {escape(_default(field))}")
             if field.description:
                 options.append(Padding(Text(_flowing(field.description)), (0, 0, 0, 4)))
-    words = [Text(f"{_flowing(part)}\n") for part in (inspect.getdoc(module) or "").split("\n\n") if part != "::"]
+    words = [Text(f"{_flowing(part)}\n") for part in page.split("\n\n") if part != "::"]
     return Group(f"[bold]{kind}[/]", "", *words, "[bold]options[/]", *options)
 
 

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,11 @@ def assert_parity(
         relative = 1e-4
     expected, got = named_outputs(reference), named_outputs(candidate)
     try:
-        found = compare(expected, {name: got[name] for name in expected.keys() & got.keys()}, mask)
+        found = compare(expected, got, mask)
     except ParityError as error:
         raise AssertionError(str(error)) from error
+    if not any(parity.compared for parity in found.values()):
+        raise AssertionError("nothing was compared: " + _why_nothing(reference, expected))
     problems = [
         problem for name, parity in found.items() for problem in _problems(name, parity, max_abs, relative, cosine)
     ]
@@ -102,12 +104,25 @@ def _problems(
         yield f"{where}: cosine {parity.cosine:.6f}, limit {cosine:.6f}"
 
 
+def _why_nothing(reference: Any, expected: Mapping[str, Any]) -> str:
+    if expected:
+        return f"no element of {', '.join(expected)} is left by the mask"
+    return f"there is no tensor or array in the reference, a {type(reference).__name__}"
+
+
 def named_outputs(outputs: Any) -> dict[str, Any]:
-    """Outputs by name, named as :func:`graphopt.trace` names them."""
-    if isinstance(outputs, (torch.Tensor, np.ndarray)):
-        return {"output": outputs}
+    """Outputs by name, named as :func:`graphopt.trace` names them; tensors, arrays and numbers of numpy."""
+    if isinstance(outputs, (torch.Tensor, np.ndarray, np.generic)):
+        return {"output": np.asarray(outputs) if isinstance(outputs, np.generic) else outputs}
+    if is_dataclass(outputs) and not isinstance(outputs, (type, Mapping)):
+        outputs = {each.name: getattr(outputs, each.name) for each in fields(outputs)}
     leaves = torch.utils._pytree.tree_flatten_with_path(outputs)[0]
-    return {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, (torch.Tensor, np.ndarray))}
+    found = {path_name(path): np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for path, leaf in leaves}
+    return {name: leaf for name, leaf in found.items() if isinstance(leaf, (torch.Tensor, np.ndarray))}
+
+
+def _is_cache(name: str) -> bool:
+    return name.startswith("past_key_values")
 
 
 @dataclass
@@ -126,15 +141,16 @@ class ParityRecorder:
         mask: Any = None,
         **limits: float,
     ) -> dict[str, OutputParity]:
-        """Run both on ``inputs`` and assert parity. ``mask`` is ``inputs["attention_mask"]`` where there is one."""
+        """Run both on ``inputs`` and assert parity of all outputs of the model; of its cache only where the candidate gives it.
+        ``mask`` is ``inputs["attention_mask"]`` where there is one."""
         if mask is None:
             mask = inputs.get("attention_mask")
         reference = eager(model)(**inputs) if isinstance(model, nn.Module) else model(**inputs)
         result = candidate(**inputs)
-        kept = named_outputs(result)
-        expected = {name: tensor for name, tensor in named_outputs(reference).items() if name in kept}
-        if not expected:
-            raise AssertionError(f"no output of the candidate ({', '.join(kept)}) is one of the model's")
+        given = named_outputs(result)
+        expected = {
+            name: tensor for name, tensor in named_outputs(reference).items() if name in given or not _is_cache(name)
+        }
         found = assert_parity(expected, result, mask=mask, **limits)
         self.seen += [(self.test, name, parity) for name, parity in found.items()]
         return found

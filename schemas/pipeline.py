@@ -25,7 +25,8 @@ class Budget(Schema):
 
 
 class Exact(Schema):
-    """Differences of rounding size only: ``relative`` at most ``rounding`` times the output dtype's epsilon."""
+    """Differences of rounding size only: ``relative`` at most ``rounding`` times the epsilon of each output's dtype, 16 times in
+    fp16 and 8 times in bf16."""
 
     rounding: float = 1000.0
 

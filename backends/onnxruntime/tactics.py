@@ -6,6 +6,7 @@ Results are kept by op signature, onnxruntime version, CPU features and threads,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -45,7 +46,7 @@ WRONG = 1e-4  # relative difference from the reference at which a form is out
 def cpu_features() -> str:
     """The instruction sets that decide which kernel is fast."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         flags = set(next(line for line in text.splitlines() if line.startswith("flags")).split())
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -199,17 +200,18 @@ class Tuner:
         self._cache[self._key(what)] = result
         if self.cache_file is None:
             return
-        self.cache_file.parent.mkdir(parents=True, exist_ok=True)
         kept = _read(self.cache_file) | self._cache
         staged = self.cache_file.with_suffix(f".{os.getpid()}.tmp")
-        staged.write_text(json.dumps(kept))
-        staged.replace(self.cache_file)
+        with contextlib.suppress(OSError):  # where nothing can be kept, the next build takes its times again
+            self.cache_file.parent.mkdir(parents=True, exist_ok=True)
+            staged.write_text(json.dumps(kept), encoding="utf-8")
+            staged.replace(self.cache_file)
 
 
 def _read(file: Path | None) -> dict[str, Any]:
     """The kept results; none if the file is not there or cannot be read."""
     try:
-        found = json.loads(file.read_text()) if file else {}
+        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -299,7 +299,7 @@ def _file(key: str) -> Path:
 
 def _read(key: str) -> dict[str, Tensor] | None:
     try:
-        return {name: torch.tensor(range) for name, range in json.loads(_file(key).read_text()).items()}
+        return {name: torch.tensor(range) for name, range in json.loads(_file(key).read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError):
         return None
 

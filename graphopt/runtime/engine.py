@@ -110,15 +110,15 @@ def to_numpy(tensor: Any) -> np.ndarray:
         if tensor.dtype == torch.bfloat16:
             import ml_dtypes
 
-            array: np.ndarray = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            return array
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
         tensor = tensor.numpy()
-    return np.asarray(tensor, order="C")  # ascontiguousarray would make a scalar one-dimensional
+    array: np.ndarray = np.asarray(tensor, order="C")  # ascontiguousarray would make a scalar one-dimensional
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
     """An array as a tensor, without a copy if it is contiguous and may be written."""
-    array = np.require(array, requirements=["C", "W"]) if array.ndim else np.array(array)
+    array = np.require(to_numpy(array), requirements=["C", "W"]) if array.ndim else np.array(to_numpy(array))
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -318,7 +318,7 @@ def configured(folder: Path, key: str) -> list[int] | None:
     """The tokens that the model's generation config, or else its config, names so; None if neither does."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            tokens = json.loads((folder / name).read_text()).get(key)
+            tokens = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
             if tokens is not None:
                 return _listed(tokens)
     return None
