@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graphopt import operators
 from graphopt.dims import Dim, evaluate, names_of, rest_of
-from graphopt.errors import InputError, nearest
+from graphopt.errors import GraphError, InputError, nearest
 from graphopt.ir import Graph, Node, Value, map_arg, types_of
 from graphopt.tensors import DTYPE_NAMES, DimRange, TensorType
 
@@ -101,6 +101,12 @@ class Run:
         results = operators.call(
             node.op, {name: map_arg(arg, self._real) for name, arg in node.args.items()}, self._device
         )
+        if len(results) != len(node.outputs):
+            raise GraphError(
+                f"{node.op} gives {len(results)} results at these sizes, and gave {len(node.outputs)} when it was traced",
+                where=node.where,
+                hint="it gives fewer parts of a short axis: narrow dims, or take parts whose number is fixed (split, narrow)",
+            )
         for value, tensor in zip(node.outputs, results, strict=True):
             if self._pending[value]:
                 self.values[value] = tensor

@@ -25,6 +25,7 @@ from graphopt import operators, segments
 from graphopt.dims import Dim, Size
 from graphopt.eager import path_name
 from graphopt.errors import GraphError, TracingError, nearest
+from graphopt.guards import hold_guards
 from graphopt.inference import infer, silent_logging, size_from_torch
 from graphopt.ir import Graph, Value, map_arg
 from graphopt.normalize import is_assertion, normalize
@@ -62,9 +63,11 @@ def trace(
     _check_request(module, given, axes, ranges)
     unasked = {name: bounds for name, bounds in (defaults or {}).items() if name not in ranges}
     program = _export(module, given, axes)
+    taken_for_granted = list(getattr(program, "_guards_code", None) or ())
     if any(_mutates(node) for node in _all_nodes(program.graph_module)):
         program = _functionalized(program, module)
     graph = _Importer(program, given, axes, ranges, unasked).graph
+    hold_guards(graph, taken_for_granted, module, given, axes, ranges)
     graph.truths.update(name for name in truths if name in graph.inputs)
     return graph
 
@@ -108,7 +111,7 @@ def _export(module: nn.Module, given: Mapping[str, Any], axes: Axes) -> torch.ex
                     hint="trace with an example of at least 2 there: torch takes 0 and 1 for constants",
                 )
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _untouched(module):
             return torch.export.export(module, (), dict(given), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise TracingError(
@@ -116,6 +119,20 @@ def _export(module: nn.Module, given: Mapping[str, Any], axes: Axes) -> torch.ex
             where=_source_of(error),
             hint=_remedy(str(error)),
         ) from error
+
+
+@contextlib.contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Take back what a module sets on itself while it is traced (rotary frequencies for long texts, a kind of attention): its
+    tensors would be the trace's fake ones."""
+    tables = ("_parameters", "_buffers", "_modules")
+    kept = [(part, {**vars(part), **{name: dict(vars(part)[name]) for name in tables}}) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, own in kept:
+            vars(part).clear()
+            vars(part).update(own)
 
 
 def _functionalized(program: torch.export.ExportedProgram, module: nn.Module) -> torch.export.ExportedProgram:

@@ -23,7 +23,6 @@ sequence]`` says which are real; the rows of a static one have no padding before
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -42,6 +41,7 @@ from graphopt.passes.last_token import LastToken
 from graphopt.passes.position_rows import PositionRows
 from graphopt.passes.split_encoder import split_encoder
 from graphopt.passes.tails import ELEMENTWISE, Tails
+from graphopt.passes.whole_texts import following, of_whole_texts
 from graphopt.pipeline import Context, Pass
 from graphopt.rewrite import RewriteLog
 from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, past_name, present_name, window_length
@@ -141,6 +141,7 @@ class _Insertion:
         split_encoder(graph, self.sequence)
         self.masks = [graph.value(name) for name in graph.truths if self.sequence in graph.value(name).type.names]
         self.data = self._data()
+        self.of_whole = of_whole_texts(self.graph, self.sequence, self.data)
         nodes = [node for node in attentions.fused(graph) if node.args["k"] in self.data or node.args["v"] in self.data]
         self.nodes = nodes
         foreign = next((n for n in attentions.fused(graph) if n.args["causal"] != "none" and n not in nodes), None)
@@ -208,7 +209,7 @@ class _Insertion:
         """Everything that depends on tokens: on an input along the sequence that is not the padding mask."""
         named = Dim.named(self.sequence)
         along = {value for value in self.graph.inputs.values() if named in value.type.shape}
-        return _following(self.graph, along - set(self.masks))
+        return following(self.graph, along - set(self.masks))
 
     def _check(self, node: Node) -> None:
         args = node.args
@@ -252,6 +253,12 @@ class _Insertion:
     def _of_new(self, value: Value, node: Node) -> Value:
         if value in self.data or not self.tails.depends(value):
             return value
+        if value in self.of_whole:
+            raise GraphError(
+                f"%{value.name} depends on the length of the whole text, so that what was kept of earlier tokens would change",
+                where=node.where,
+                hint="fix it in the model's config, as rotary frequencies of one kind for all lengths",
+            )
         axes = [axis for axis, size in enumerate(value.type.shape) if size == self.new]
         if len(axes) > 1:
             what = f"%{value.name} is of positions by positions and meets tokens outside an attention"
@@ -309,15 +316,6 @@ class _Insertion:
         return None
 
 
-def _following(graph: Graph, values: Iterable[Value]) -> set[Value]:
-    """These values and everything that depends on them."""
-    found = set(values)
-    for node in graph.nodes:
-        if any(operand in found for operand in node.operands):
-            found.update(node.outputs)
-    return found
-
-
 def _not_causal(node: Node) -> GraphError:
     return GraphError(
         "it is not proven to be causal: a token that comes later would change what earlier ones saw",
@@ -361,7 +359,7 @@ class _Growing(_Insertion):
         own = insert("aten.slice.Tensor", self=counted, dim=1, start=self.tails.start, end=self.tails.total)
         before = insert("aten.sub.Tensor", self=own, other=1)
         return PositionRows(
-            self.tails, insert("aten.clamp.default", self=before, min=0), _following(self.graph, self.masks)
+            self.tails, insert("aten.clamp.default", self=before, min=0), following(self.graph, self.masks)
         )
 
     def _attend(self, node: Node) -> None:

@@ -87,6 +87,13 @@ _STAYS = Treatment(scheme=FLOAT)
 _AGAINST_FAULTS = Budget(metric="cosine", limit=0.8)
 
 
+#: Options that only some schemes have.
+_OPTIONS = {
+    "bits": ("weight_only",), "symmetric": ("weight_only",), "group": ("weight_only", "nf4"), "outliers": ("llm_int8",),
+    "strength": ("int8_smooth",),
+}  # fmt: skip
+
+
 class Quantize(Pass):
     """Linears in few bits, where modules, overrides, sizes and a budget say so."""
 
@@ -151,6 +158,14 @@ class Quantize(Pass):
             raise ValueError(f"{wanted} needs calibration: {{data: ...}}")
         if not wanted and self.calibration is not None:
             raise ValueError(f"nothing needs calibration in scheme: {self.scheme}")
+        return self
+
+    @model_validator(mode="after")
+    def _heeds_its_options(self) -> Quantize:
+        used = {self.treatment(each).scheme for each in (None, *self.overrides.values(), self.fallback)}
+        for name, schemes in _OPTIONS.items():
+            if name in self.model_fields_set and not used.intersection(schemes):
+                raise ValueError(f"{name} is for scheme: {' or '.join(schemes)}")
         return self
 
     def treatment(self, own: LayerScheme | None = None) -> Treatment:

@@ -81,18 +81,32 @@ def searched_smoothing(
 ) -> tuple[Tensor | None, str]:
     """The strength that rounds products of a sample ``[rows, K]`` least, and what it gains; None if none does.
 
-    ``rounds``: whether inputs are rounded by one scale, or by one for each token."""
+    ``rounds``: whether inputs are rounded by one scale, or by one for each token. One scale cuts off what is larger than the
+    ``largest`` of calibration: so each half of the sample is rounded by what is known without it."""
+    halves = (sample[0::2], sample[1::2])
+    folds = [(sample, largest)]
+    if rounds == "tensor" and len(sample) > 1:
+        folds = [(held, _without(held, seen, largest)) for seen, held in (halves, halves[::-1])]
 
-    def error(factors: Tensor) -> float:
-        return _error(sample, weight, factors, None if rounds == "token" else largest)
+    def error(strength: float | None) -> float:
+        total = 0.0
+        for held, known in folds:
+            factors = torch.ones_like(known) if strength is None else smoothing(known, weight, strength)
+            total += _error(held, weight, factors, None if rounds == "token" else known)
+        return total
 
-    errors = {strength: error(smoothing(largest, weight, strength)) for strength in _STRENGTHS}
+    errors = {strength: error(strength) for strength in _STRENGTHS}
     best = min(errors, key=errors.__getitem__)
-    none = error(torch.ones_like(largest))
+    none = error(None)
     if errors[best] >= none:
         return None, "as they are"
     gain = f"strength {best:g}, error {errors[best] / none:.2f} of that without"
     return smoothing(largest, weight, best), gain
+
+
+def _without(held: Tensor, seen: Tensor, largest: Tensor) -> Tensor:
+    """The largest magnitudes ``[K]`` of calibration without some of its rows, as far as others and ``seen`` ones tell."""
+    return torch.where(largest > held.abs().amax(0), largest, seen.abs().amax(0)).clamp(min=1e-30)
 
 
 def _error(sample: Tensor, weight: Tensor, factors: Tensor, largest: Tensor | None) -> float:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from graphopt.schemas.common import Schema
 
 Metric = Literal["max_abs", "relative", "cosine", "snr", "kl", "top1"]
 #: Metrics of which more is better; for the others less is.
 HIGHER_IS_BETTER: frozenset[str] = frozenset({"cosine", "snr", "top1"})
+
+_ANY = float("inf")
+#: Between which values a limit means something.
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_abs": (0, _ANY), "relative": (0, _ANY), "cosine": (-1, 1), "snr": (-_ANY, _ANY), "kl": (0, _ANY),
+    "top1": (0, 1),
+}  # fmt: skip
 
 
 class Budget(Schema):
@@ -21,7 +28,14 @@ class Budget(Schema):
     positions whose largest element is the same."""
 
     metric: Metric
-    limit: float
+    limit: FiniteFloat
+
+    @model_validator(mode="after")
+    def _can_hold(self) -> Budget:
+        least, most = _RANGES[self.metric]
+        if not least <= self.limit <= most:
+            raise ValueError(f"a limit of {self.metric} is from {least:g} to {most:g}, not {self.limit:g}")
+        return self
 
 
 class Exact(Schema):

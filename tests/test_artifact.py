@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +180,27 @@ def test_nothing_is_left_behind(tmp_path: Path, failure: Any) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_errors_of_other_files_are_no_errors_of_writing(tmp_path: Path) -> None:
+    def read() -> None:
+        with staged(tmp_path / "engine"):
+            Path("/nowhere/table.txt").read_text()
+
+    with pytest.raises(FileNotFoundError, match=r"table\.txt"):
+        read()
+
+
+def test_an_engine_inside_of_an_engine(engine: Path) -> None:
+    with pytest.raises(EngineError, match="would lie in the engine directory"):
+        graphopt.compile(tiny_bert(layers=1), engine / "sub", target={"tactics": "fixed"})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_files_that_may_not_be_read(engine: Path) -> None:
+    (engine / "model.onnx").chmod(0)
+    with pytest.raises(EngineError, match=r"model\.onnx cannot be read"):
+        graphopt.load(engine)
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """No file may grow beyond 64 kB, as on a full disk."""
@@ -195,6 +217,8 @@ def small_files() -> Iterator[None]:
 def test_a_full_disk(tmp_path: Path, small_files: None) -> None:
     with pytest.raises(EngineError, match="cannot write the engine: File too large"):
         graphopt.compile(tiny_bert(layers=1), tmp_path / "engine", target={"tactics": "fixed"})
+    with pytest.raises(EngineError, match=r"cannot write the weights: .*File too large"):
+        graphopt.compile(tiny_bert(layers=1), tmp_path / "engine", target={"backend": "torch"})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,11 +17,14 @@ import pytest
 import yaml
 
 import graphopt
-from graphopt import cli
+from graphopt import cli, show
 
 FACTORY = """
 import torch
 from tests.tiny import tiny_bert, tiny_llama
+
+def fails():
+    raise RuntimeError("no data")
 
 def broken():
     class Branches(torch.nn.Module):
@@ -129,6 +132,41 @@ def test_bench(place: Path) -> None:
     assert row["median_ms"] > 0
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--size", "batch=0,sequence=8"), "sizes are from 1 on, each given once"),
+        (("--size", "batch=1,batch=2"), "sizes are from 1 on, each given once"),
+        (("--size", "batch"), "not sizes: 'batch'"),
+    ],
+)
+def test_bad_sizes(place: Path, args: tuple[str, ...], message: str) -> None:
+    done = run(place, "bench", "engine", *args)
+    assert (done.returncode, message in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"model: a:b\ndims: {a: 1}\ndims: {}\n", "the key 'dims' is there twice"),
+        (b"model: a:b # \xff\n", "is in UTF-8"),
+    ],
+)
+def test_files_that_are_no_pipeline(place: Path, text: bytes, message: str) -> None:
+    (place / "odd.yaml").write_bytes(text)
+    done = run(place, "compile", "odd.yaml", "-o", "bad")
+    assert (done.returncode, message in done.stderr) == (2, True)
+
+
+def test_errors_that_are_not_graphopts_exit_with_2_as_well(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise KeyError("nothing")
+
+    monkeypatch.setattr(show, "doctor_facts", fails)
+    done = run(place, "doctor")
+    assert (done.returncode, "KeyError" in done.stderr) == (2, True)
+
+
 def test_passes_and_doctor(place: Path) -> None:
     assert "fuse_attention" in run(place, "passes").stdout
     assert "decide" in run(place, "passes", "merge_linears").stdout
@@ -165,6 +203,8 @@ def test_passes_and_doctor(place: Path) -> None:
         ({"parity": {"metric": "cosin", "limit": 0.9}}, "did you mean 'cosine'?"),
         ({"model": "factorees:tiny_bert"}, "put its folder into PYTHONPATH"),
         ({"target": {"backend": "torch", "threads": 3}}, "backend: torch has no threads"),
+        ({"parity": {"metric": "cosine", "limit": 2}}, "a limit of cosine is from -1 to 1, not 2"),
+        ({"model": "factories:fails"}, "factories:fails failed: RuntimeError: no data"),
     ],
 )
 def test_bad_pipelines(place: Path, changes: dict[str, object], message: str) -> None:

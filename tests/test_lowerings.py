@@ -203,6 +203,7 @@ CASES: list[tuple[str, dict[str, TensorType], dict[str, Any], dict[str, torch.Te
         {"x": "%x", "residual": "%z", "normalized_shape": (8,), "weight": "%g"}, SCALES,
     ),
     ("graphopt.quick_gelu.default", X, {"x": "%x"}, {}),
+    ("aten.log_sigmoid.default", X, {"self": "%x"}, {}),
     *[
         ("graphopt.gated_activation.default", X, {"gate": "%x", "up": "%x", "activation": name}, {})
         for name in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
@@ -214,6 +215,11 @@ CASES: list[tuple[str, dict[str, TensorType], dict[str, Any], dict[str, torch.Te
 def test_lowering_is_the_op(case: tuple[Any, ...]) -> None:
     graph = graph_of(*case)
     check_everywhere(graph, examples(graph))
+
+
+def test_the_logarithm_of_a_sigmoid_that_rounds_to_0() -> None:
+    graph = graph_of("aten.log_sigmoid.default", {"x": TensorType(F32, (B,))}, {"self": "%x"}, {})
+    check_everywhere(graph, [{"x": torch.tensor([-100.0, -50.0, -25.0, -15.0, 0.0, 15.0, 50.0])}])
 
 
 def test_every_lowering_has_a_case() -> None:

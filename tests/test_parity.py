@@ -222,6 +222,34 @@ def test_exact_allows_rounding(dtype: torch.dtype) -> None:
     assert not judge(Exact(rounding=4), [PROBE], [{"y": a}], [{"y": a + 8 * epsilon}]).holds
 
 
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float16, 16), (torch.bfloat16, 8), (torch.float32, 1000)])
+def test_in_half_precision_few_roundings_are_exact(dtype: torch.dtype, roundings: int) -> None:
+    """Whatever the other outputs are: fp32 is not held to what half precision is."""
+    a, limit = torch.ones(4, dtype=dtype), roundings * torch.finfo(dtype).eps
+    found = judge(Exact(), [PROBE], [{"y": a}], [{"y": a + limit}])
+    assert (found.limit, found.holds) == (limit, True)
+    found = judge(Exact(), [PROBE], [{"y": a}], [{"y": a + 2 * limit}])
+    assert (found.limit, found.holds) == (limit, False)
+    other = torch.ones(2, dtype=torch.float16)
+    found = judge(Exact(), [PROBE], [{"y": a, "z": other}], [{"y": a + 2 * limit, "z": other}])
+    assert (found.worst, found.limit, found.holds) == (2 * limit, limit, False)
+
+
+def test_complex_outputs_and_large_integers() -> None:
+    assert one(torch.tensor([1 + 2j]), torch.tensor([1 + 99j])).max_abs == 97
+    assert one(torch.tensor([1 + 2j]), torch.tensor([1 + 2j])).compared == 1
+    assert one(torch.tensor([2**60]), torch.tensor([2**60 + 1])).max_abs == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "limit"),
+    [("cosine", 2.0), ("max_abs", -1.0), ("relative", float("nan")), ("top1", 1.5), ("snr", float("inf"))],
+)
+def test_limits_that_nothing_can_hold(metric: Metric, limit: float) -> None:
+    with pytest.raises(ValueError, match=r"from .* to|finite"):
+        Budget(metric=metric, limit=limit)
+
+
 def test_exact_integers_are_equal() -> None:
     a = torch.tensor([1, 2])
     assert judge(Exact(), [PROBE], [{"y": a}], [{"y": a}]).holds

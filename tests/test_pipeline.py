@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from pydantic import Field
 
-from graphopt.errors import GraphError, NoMatchError, ParityError, PipelineError
+from graphopt import plugins
+from graphopt.errors import GraphError, NoMatchError, ParityError, PassError, PipelineError
 from graphopt.ir import Graph, Value
 from graphopt.parity import Contract, Probe
 from graphopt.passes.canonicalize import Canonicalize
@@ -164,6 +166,35 @@ def test_installed_passes() -> None:
     assert list(known) == sorted(known)
     assert known["fuse_activation"] is FuseActivation
     assert {kind: step.model_fields["kind"].default for kind, step in known.items()} == {kind: kind for kind in known}
+
+
+class Point:
+    """An entry point."""
+
+    dist = SimpleNamespace(name="a-package")
+
+    def __init__(self, name: str, loaded: object, value: str = "a.module:Own") -> None:
+        self.name, self.loaded, self.value = name, loaded, value
+
+    def load(self) -> object:
+        if isinstance(self.loaded, Exception):
+            raise self.loaded
+        return self.loaded
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([Point("invert", ModuleNotFoundError("No module named 'nothere'"))], "of a-package does not load: No module"),
+        ([Point("invert", int)], "is no graphopt Pass"),
+        ([Point("named", Invert)], "the entry point 'named' is of the pass 'invert'"),
+        ([Point("invert", Invert), Point("invert", Nothing, "b:C")], "two entry points are called 'invert'"),
+    ],
+)
+def test_plug_ins_that_cannot_be_used(points: list[Point], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
+    with pytest.raises(PipelineError, match=message):
+        known_passes()
 
 
 def test_third_party_passes() -> None:
@@ -429,6 +460,29 @@ def test_a_first_pass_that_changes_nothing_is_compared_all_the_same() -> None:
     (report,) = run_passes(small(), [Nothing(allow_no_match=True)], proof=proof())
     assert report.parity is not None
     assert report.parity.holds
+
+
+class Doubles(Pass):
+    """Changes weights, and tells of nothing."""
+
+    kind: Literal["doubles"] = "doubles"
+    allow_no_match: bool = True
+
+    def run(self, graph: Graph, context: Context) -> RewriteLog:
+        for name, weight in list(graph.weights.items()):
+            graph.set_weight(name, Weight.of(weight.load() * 2))
+        return RewriteLog()
+
+
+def test_a_pass_that_tells_of_no_matches_is_measured_where_it_changed_something() -> None:
+    with pytest.raises(ParityError, match="doubles breaks its contract"):
+        run_passes(small(), [Invert(), Doubles()], proof=proof())
+
+
+def test_a_pass_that_returns_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Nothing, "run", lambda self, graph, context: None)
+    with pytest.raises(PassError, match="nothing returned a NoneType"):
+        run_passes(small(), [Nothing(allow_no_match=True)])
 
 
 def test_without_proof_there_is_no_parity() -> None:

@@ -11,7 +11,7 @@ from graphopt.errors import PipelineError
 from graphopt.ir import Graph
 from graphopt.ops.quantization import unpacked
 from graphopt.passes.quantize import Quantize
-from graphopt.pipeline import Context, run_passes
+from graphopt.pipeline import Context, load_passes, run_passes
 from graphopt.schemas.report import LayerPrecision
 from tests.rules import load, program, read
 from tests.test_quantize import BEFORE, GATE, TIED
@@ -75,13 +75,23 @@ def test_overrides_leave_behind_what_is_not_theirs() -> None:
     assert [layer.precision for layer in report.layers] == ["int8_token", "int4 in groups of 32, scales of fp16"]
 
 
+def test_nf4_has_4_bits_whatever_others_have() -> None:
+    applied(read(BEFORE), scheme="weight_only", bits=8, overrides={"*.gate": "nf4"})
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"scheme": "nf4", "bits": 8}, {"scheme": "weight_only", "bits": 8, "overrides": {"*.gate": "nf4"}}],
-    ids=["itself", "override"],
+    ("options", "message"),
+    [
+        ({"scheme": "nf4", "bits": 8}, "bits is for scheme: weight_only"),
+        ({"scheme": "int8_dynamic", "group": 64}, "group is for scheme: weight_only or nf4"),
+        ({"scheme": "int8_dynamic", "symmetric": False}, "symmetric is for scheme: weight_only"),
+        ({"scheme": "int8_dynamic", "outliers": 3.0}, "outliers is for scheme: llm_int8"),
+        ({"scheme": "int8_dynamic", "strength": 0.3}, "strength is for scheme: int8_smooth"),
+    ],
 )
-def test_nf4_has_4_bits_whatever_others_have(options: dict[str, Any]) -> None:
-    applied(read(BEFORE), **options)
+def test_options_that_no_scheme_of_a_pass_heeds(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        load_passes([{"kind": "quantize", **options}])
 
 
 @pytest.mark.parametrize("options", [{"scheme": "int8_smooth"}, {"scheme": "int8_static", MEND: True}], ids=str)
@@ -98,7 +108,8 @@ def kept(limit: float, scheme: str = "int8_static", **options: Any) -> tuple[Gra
 
 @pytest.mark.parametrize("fallback", ["fp32", "llm_int8"])
 def test_the_one_terrible_layer_is_kept(fallback: str) -> None:
-    graph, layers, note = kept(0.05, fallback=fallback, outliers=1e4)
+    options: dict[str, Any] = {"outliers": 1e4} if fallback == "llm_int8" else {}
+    graph, layers, note = kept(0.05, fallback=fallback, **options)
     assert [(layer.module, layer.precision, layer.reason) for layer in layers] == [
         ("a", "int8_static", None), ("b", fallback, "among the most sensitive"), ("c", "int8_static", None),
     ]  # fmt: skip

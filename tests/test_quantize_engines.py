@@ -248,8 +248,11 @@ def test_a_bert_compiles_and_keeps_its_budget(scheme: str, tmp_path: Path) -> No
 def test_a_llama_with_a_cache_compiles_and_keeps_its_budget(scheme: str, tmp_path: Path) -> None:
     """With padding in the prompts that static is calibrated on."""
     source = transformers_source(llama())
-    options: dict[str, Any] = {"calibration": {"data": texts(source)}} if scheme == "int8_static" else {}
-    step = {"kind": "quantize", "scheme": scheme, "overrides": {"lm_head": "int8_dynamic"}, "bits": 8, **options}
+    own: dict[str, dict[str, Any]] = {
+        "int8_static": {"calibration": {"data": texts(source)}},
+        "weight_only": {"bits": 8},
+    }
+    step = {"kind": "quantize", "scheme": scheme, "overrides": {"lm_head": "int8_dynamic"}, **own.get(scheme, {})}
     made = graphopt.compile(source, tmp_path / "e", passes=[*CACHED, step], target=TARGET, dims={"batch": (1, 2)})
     report = report_of(made)
     assert report.matches == {scheme: 8, "int8_dynamic": 1}

@@ -108,6 +108,12 @@ def _rsqrt(e: Emitter, node: Node) -> Lowered:
     return e.op("Reciprocal", e.op("Sqrt", e.value(node.args["self"])))
 
 
+@lowers("aten.log_sigmoid")
+def _log_sigmoid(e: Emitter, node: Node) -> Lowered:
+    """``-softplus(-x)``: the logarithm of a sigmoid is minus infinity where that rounds to 0."""
+    return e.op("Neg", e.op("Softplus", e.op("Neg", e.value(node.args["self"]))))
+
+
 @lowers("aten.softplus")
 def _softplus(e: Emitter, node: Node) -> Lowered:
     """``log(1 + exp(beta x)) / beta``; torch is linear above its threshold, where the two are one in floating point."""

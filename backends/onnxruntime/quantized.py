@@ -39,7 +39,10 @@ def dynamic_linear(e: Emitter, node: Node) -> Lowered:
     x, weight, scale, bias = (node.args[name] for name in ("x", "weight", "scale", "bias"))
     own = turned(e, e.value(weight)), e.value(scale), e.value(bias) if bias is not None else None
     if x.type.dtype != torch.float32:
-        raise Unsupported(f"integer products of {x.type.dtype}")
+        raise Unsupported(
+            f"integer products of {x.type.dtype}",
+            "leave cast out, or take a scheme that goes with it: int8_static, int8_smooth, weight_only, nf4",
+        )
     if node.args["per_token"]:
         numbers, largest = by_token(e, x)
         step, middle = e.constant(1 / 127, x.type.dtype), e.constant(np.array(128, np.uint8))
