@@ -76,16 +76,21 @@ def smoothing(largest: Tensor, weight: Tensor, strength: float) -> Tensor:
     return own**strength / read ** (1 - strength)
 
 
+#: Rows of calibration, of which the largest magnitudes say little of those of others.
+_FEW = 1024
+
+
 def searched_smoothing(
     sample: Tensor, weight: Tensor, largest: Tensor, rounds: Literal["tensor", "token"]
 ) -> tuple[Tensor | None, str]:
     """The strength that rounds products of a sample ``[rows, K]`` least, and what it gains; None if none does.
 
     ``rounds``: whether inputs are rounded by one scale, or by one for each token. One scale cuts off what is larger than the
-    ``largest`` of calibration: so each half of the sample is rounded by what is known without it."""
+    ``largest`` of calibration: where that saw few rows, each half of the sample is rounded by what is known without it."""
     halves = (sample[0::2], sample[1::2])
     folds = [(sample, largest)]
-    if rounds == "tensor" and len(sample) > 1:
+    share = float((sample.abs().amax(0) >= largest).float().mean())  # of all rows, as far as their largest tell
+    if rounds == "tensor" and 1 < len(sample) < share * _FEW:
         folds = [(held, _without(held, seen, largest)) for seen, held in (halves, halves[::-1])]
 
     def error(strength: float | None) -> float:
