@@ -38,7 +38,8 @@ def staged(target: Path) -> Iterator[Path]:
         raise EngineError(
             f"{target} exists and is no engine directory", hint="name a new directory, or remove it yourself"
         )
-    around = next((folder for folder in target.absolute().parents if (folder / MANIFEST).is_file()), None)
+    parents = target.absolute().parents
+    around = next((folder for folder in parents if (folder / MANIFEST).is_file() and (folder / GRAPH).is_file()), None)
     if around is not None:
         raise EngineError(f"{target} would lie in the engine directory {around}", hint="name a directory outside of it")
     others = _others(target)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+import contextlib
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,20 @@ def path_name(path: tuple[object, ...]) -> str:
     if not parts:
         return "output"
     return ".".join(["output", *parts] if parts[0].isdigit() else parts)
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Take back what a module sets on itself meanwhile: rotary frequencies for long texts, a kind of attention. (Of a trace they
+    would be fake tensors.)"""
+    tables = ("_parameters", "_buffers", "_modules")
+    kept = [(part, {**vars(part), **{name: dict(vars(part)[name]) for name in tables}}) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, own in kept:
+            vars(part).clear()
+            vars(part).update(own)
 
 
 def eager(module: nn.Module) -> Callable[..., dict[str, Tensor]]:

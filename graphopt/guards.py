@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphopt.eager import eager
+from graphopt.eager import eager, kept, untouched
 from graphopt.errors import TracingError
 from graphopt.execution import run
 from graphopt.ir import Graph
+from graphopt.measures import named_sizes
 from graphopt.parity import Probe, judge
 from graphopt.probes import sampler_like
 from graphopt.schemas.pipeline import Exact
@@ -103,9 +104,9 @@ def hold_guards(
     while (wrong := violated(found, graph.dims, traced)) is not None:
         guard, env = wrong
         if not is_harmless(env):
-            told = ", ".join(f"{name} = {size}" for name, size in env.items())
             raise TracingError(
-                f"the model branches on sizes: what was traced holds where {guard.text}, which dims do not keep ({told})",
+                f"the model branches on sizes: what was traced holds where {guard.text}, which dims do not keep"
+                f" ({named_sizes(env)})",
                 where="dims",
                 hint="set dims that keep it, or trace with an example of other sizes",
             )
@@ -118,12 +119,12 @@ def _is_model(graph: Graph, module: nn.Module, given: Mapping[str, Any], axes: A
         sizes, torch.Generator().manual_seed(0)
     )
     try:
-        wanted = eager(module)(**{**given, **inputs})
+        with untouched(module):
+            wanted = eager(module)(**{**given, **inputs})
         got = run(graph, {name: inputs[name] for name in graph.inputs})
-    except Exception:  # either does not work there
+        return judge(Exact(), [Probe(sizes, inputs)], [kept(wanted, got)], [got]).holds
+    except Exception:  # one of them does not work there, or they give other shapes
         return False
-    reference = {name: tensor for name, tensor in wanted.items() if name in got}
-    return judge(Exact(), [Probe(sizes, inputs)], [reference], [got]).holds
 
 
 def _outside(within: DimRange, bounds: DimRange) -> int:

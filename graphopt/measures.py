@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from graphopt.schemas.pipeline import HIGHER_IS_BETTER
 from graphopt.schemas.report import StageParity
@@ -17,6 +18,11 @@ def number_text(number: float) -> str:
 
 def decibels_text(snr: float) -> str:
     return number_text(snr) if math.isinf(snr) else f"{snr:.1f}"
+
+
+def named_sizes(sizes: Mapping[str, int]) -> str:
+    """Sizes by the names of dims."""
+    return ", ".join(f"{name} = {size}" for name, size in sizes.items())
 
 
 def measure_text(metric: str, value: float) -> str:

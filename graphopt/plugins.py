@@ -13,7 +13,6 @@ T = TypeVar("T")
 def plugins(group: str, base: type[T]) -> dict[str, type[T]]:
     """Every installed subclass of ``base`` in an entry point group, by name. PipelineError for one that is something else."""
     found: dict[str, type[T]] = {}
-    named: dict[str, str] = {}
     for point in sorted(entry_points(group=group), key=lambda point: point.name):
         try:
             loaded = point.load()
@@ -28,10 +27,9 @@ def plugins(group: str, base: type[T]) -> dict[str, type[T]]:
             raise PipelineError(f"the entry point {point.name!r} ({point.value}) is no graphopt {base.__name__}")
         if found.get(point.name, loaded) is not loaded:
             raise PipelineError(
-                f"two entry points are called {point.name!r}: {named[point.name]} and {point.value}",
+                f"two entry points are called {point.name!r}: of {found[point.name].__module__} and {loaded.__module__}",
                 where=f"entry points, {group}",
                 hint="give one of them another name",
             )
-        named[point.name] = point.value
         found[point.name] = loaded
     return found

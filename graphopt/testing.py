@@ -112,8 +112,6 @@ def _why_nothing(reference: Any, expected: Mapping[str, Any]) -> str:
 
 def named_outputs(outputs: Any) -> dict[str, Any]:
     """Outputs by name, named as :func:`graphopt.trace` names them; tensors, arrays and numbers of numpy."""
-    if isinstance(outputs, (torch.Tensor, np.ndarray, np.generic)):
-        return {"output": np.asarray(outputs) if isinstance(outputs, np.generic) else outputs}
     if is_dataclass(outputs) and not isinstance(outputs, (type, Mapping)):
         outputs = {each.name: getattr(outputs, each.name) for each in fields(outputs)}
     leaves = torch.utils._pytree.tree_flatten_with_path(outputs)[0]

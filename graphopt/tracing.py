@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,17 +23,15 @@ from torch.utils import _pytree as pytree
 
 from graphopt import operators, segments
 from graphopt.dims import Dim, Size
-from graphopt.eager import path_name
+from graphopt.eager import path_name, untouched
 from graphopt.errors import GraphError, TracingError, nearest
-from graphopt.guards import hold_guards
+from graphopt.guards import Axes, hold_guards
 from graphopt.inference import infer, silent_logging, size_from_torch
 from graphopt.ir import Graph, Value, map_arg
 from graphopt.normalize import is_assertion, normalize
 from graphopt.scalars import size_of
 from graphopt.tensors import DimRange, TensorType, Weight
 from graphopt.text import RESERVED
-
-Axes: TypeAlias = "Mapping[str, Sequence[str | None]]"
 
 _GROUPS = "multiply each group by its matrix of one stack and join them in order, or use torch's grouped product"
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -111,7 +109,7 @@ def _export(module: nn.Module, given: Mapping[str, Any], axes: Axes) -> torch.ex
                     hint="trace with an example of at least 2 there: torch takes 0 and 1 for constants",
                 )
     try:
-        with torch.no_grad(), _quiet(), _untouched(module):
+        with torch.no_grad(), _quiet(), untouched(module):
             return torch.export.export(module, (), dict(given), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise TracingError(
@@ -119,20 +117,6 @@ def _export(module: nn.Module, given: Mapping[str, Any], axes: Axes) -> torch.ex
             where=_source_of(error),
             hint=_remedy(str(error)),
         ) from error
-
-
-@contextlib.contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Take back what a module sets on itself while it is traced (rotary frequencies for long texts, a kind of attention): its
-    tensors would be the trace's fake ones."""
-    tables = ("_parameters", "_buffers", "_modules")
-    kept = [(part, {**vars(part), **{name: dict(vars(part)[name]) for name in tables}}) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, own in kept:
-            vars(part).clear()
-            vars(part).update(own)
 
 
 def _functionalized(program: torch.export.ExportedProgram, module: nn.Module) -> torch.export.ExportedProgram:

@@ -194,6 +194,12 @@ def test_an_engine_inside_of_an_engine(engine: Path) -> None:
         graphopt.compile(tiny_bert(layers=1), engine / "sub", target={"tactics": "fixed"})
 
 
+def test_a_manifest_of_something_else_around_it(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    graphopt.compile(tiny_bert(layers=1), tmp_path / "engines" / "e", target={"backend": "torch"})
+    graphopt.load(tmp_path / "engines" / "e")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_files_that_may_not_be_read(engine: Path) -> None:
     (engine / "model.onnx").chmod(0)

@@ -83,6 +83,13 @@ class Branches(nn.Module):
         return x * 2 if goes[self.by]() else x * 3
 
 
+class Shapes(nn.Module):
+    """The other way gives another shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :2] if x.shape[1] % 10 != 0 else x
+
+
 def traced(by: str, **dims: tuple[int, int]) -> graphopt.Graph:
     ranges = {name: DimRange(*bounds) for name, bounds in dims.items()}
     return trace(Branches(by).eval(), {"x": torch.randn(2, 6, 4)}, {"x": ("batch", "sequence", None)}, ranges)
@@ -113,6 +120,8 @@ def test_within_a_branch_results_are_the_models(by: str) -> None:
 
 def test_ranges_that_nobody_asked_for_end_where_the_branch_does() -> None:
     assert traced("tenth").dims["sequence"] == DimRange(1, 9)
+    graph = trace(Shapes().eval(), {"x": torch.randn(2, 6, 4)}, {"x": ("batch", "sequence", None)})
+    assert graph.dims["sequence"] == DimRange(1, 9)
     config = Mamba2Config(
         vocab_size=100, hidden_size=32, num_hidden_layers=1, state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=32,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from pydantic import Field
 
-from graphopt import plugins
 from graphopt.errors import GraphError, NoMatchError, ParityError, PassError, PipelineError
 from graphopt.ir import Graph, Value
 from graphopt.parity import Contract, Probe
@@ -166,35 +164,6 @@ def test_installed_passes() -> None:
     assert list(known) == sorted(known)
     assert known["fuse_activation"] is FuseActivation
     assert {kind: step.model_fields["kind"].default for kind, step in known.items()} == {kind: kind for kind in known}
-
-
-class Point:
-    """An entry point."""
-
-    dist = SimpleNamespace(name="a-package")
-
-    def __init__(self, name: str, loaded: object, value: str = "a.module:Own") -> None:
-        self.name, self.loaded, self.value = name, loaded, value
-
-    def load(self) -> object:
-        if isinstance(self.loaded, Exception):
-            raise self.loaded
-        return self.loaded
-
-
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
-        ([Point("invert", ModuleNotFoundError("No module named 'nothere'"))], "of a-package does not load: No module"),
-        ([Point("invert", int)], "is no graphopt Pass"),
-        ([Point("named", Invert)], "the entry point 'named' is of the pass 'invert'"),
-        ([Point("invert", Invert), Point("invert", Nothing, "b:C")], "two entry points are called 'invert'"),
-    ],
-)
-def test_plug_ins_that_cannot_be_used(points: list[Point], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
-    with pytest.raises(PipelineError, match=message):
-        known_passes()
 
 
 def test_third_party_passes() -> None:

@@ -17,10 +17,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from graphopt.eager import eager, kept, path_name
 from graphopt.errors import GraphoptError
 from graphopt.execution import run
+from graphopt.guards import Axes
 from graphopt.ir import Graph
 from graphopt.tensors import DimRange
 from graphopt.text import parse
-from graphopt.tracing import Axes, trace
+from graphopt.tracing import trace
 
 Forward = Callable[..., Any]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import GraphoptError, TracingError
-from graphopt.tracing import Axes, source_line, trace
+from graphopt.guards import Axes
+from graphopt.tracing import source_line, trace
 from tests.test_tracing import Calls, Forward, Mlp, Optional, Positions, line_of, of
 
 # In-place ops and wrappers

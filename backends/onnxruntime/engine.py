@@ -102,8 +102,7 @@ Caller = Callable[[Sequence[str] | None, Mapping[str, np.ndarray]], list[np.ndar
 
 def caller_of(session: Any) -> Caller:
     """A session's ``run``, also for bf16, of which onnxruntime makes no arrays and takes none."""
-    types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
-    if "tensor(bfloat16)" not in types.values():
+    if all(value.type != "tensor(bfloat16)" for value in (*session.get_inputs(), *session.get_outputs())):
         run: Caller = session.run
         return run
     ort = onnxruntime()

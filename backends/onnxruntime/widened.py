@@ -17,8 +17,8 @@ import torch
 from graphopt.ir import Graph, Node, Value, leaves, map_arg
 from graphopt.tensors import TensorType
 
-NARROW = torch.bfloat16
-WIDE = torch.float32
+_NARROW = torch.bfloat16
+_WIDE = torch.float32
 
 
 def widened(graph: Graph) -> tuple[Graph, list[str]]:
@@ -39,28 +39,28 @@ def _is_narrow(node: Node) -> bool:
     """Whether an op works on bf16. Casts do too, and have kernels."""
     if node.op == "aten.to.dtype":
         return False
-    told = any(leaf is NARROW for arg in node.args.values() for leaf in leaves(arg))
-    return told or any(value.type.dtype == NARROW for value in (*node.operands, *node.outputs))
+    told = any(leaf is _NARROW for arg in node.args.values() for leaf in leaves(arg))
+    return told or any(value.type.dtype == _NARROW for value in (*node.operands, *node.outputs))
 
 
 def _widen(graph: Graph, node: Node, casts: dict[Value, Value]) -> None:
-    def cast(value: Value, dtype: torch.dtype, before: Node) -> Value:
-        return graph.insert("aten.to.dtype", {"self": value, "dtype": dtype}, before=before, origin=node.origin).output
+    def cast(value: Value, dtype: torch.dtype) -> Value:
+        return graph.insert("aten.to.dtype", {"self": value, "dtype": dtype}, before=node, origin=node.origin).output
 
     def wide(leaf: Any) -> Any:
-        if leaf is NARROW:
-            return WIDE
-        if not isinstance(leaf, Value) or leaf.type.dtype != NARROW:
+        if leaf is _NARROW:
+            return _WIDE
+        if not isinstance(leaf, Value) or leaf.type.dtype != _NARROW:
             return leaf
         if leaf not in casts:
-            casts[leaf] = cast(leaf, WIDE, node)
+            casts[leaf] = cast(leaf, _WIDE)
         return casts[leaf]
 
     args = {name: map_arg(arg, wide) for name, arg in node.args.items()}
     types = [TensorType(wide(value.type.dtype), value.type.shape) for value in node.outputs]
     own = graph.insert(node.op, args, types, before=node, origin=node.origin)
     for old, new in zip(node.outputs, own.outputs, strict=True):
-        rounded = new if old.type.dtype != NARROW else cast(new, NARROW, node)
+        rounded = new if old.type.dtype != _NARROW else cast(new, _NARROW)
         graph.replace(old, rounded)
         graph.take_name(rounded, old)
     graph.remove(node)

@@ -32,12 +32,12 @@ from graphopt.backends.tensorrt.options import (
     hole_in,
     most_run,
     profiles_of,
-    told,
 )
 from graphopt.backends.tensorrt.plugin_attention import CREATOR
 from graphopt.backends.tensorrt.stand_in import StandIn
 from graphopt.errors import EngineError, MissingBackendError, PipelineError
 from graphopt.ir import Graph, types_of
+from graphopt.measures import named_sizes
 from graphopt.ops.quantization import FP8
 from graphopt.runtime.cache import layout_of
 from graphopt.runtime.engine import Engine
@@ -120,7 +120,7 @@ class TensorRtBackend(Backend):
         warnings = [f"{self.name}: {each}" for each in plan.warnings]
         hole = hole_in(graph.dims, asked, layout_of(graph))
         if hole is not None:
-            warnings.append(f"{self.name}: dims allow sizes that fit no profile: {told(hole)}, for one")
+            warnings.append(f"{self.name}: dims allow sizes that fit no profile: {named_sizes(hole)}, for one")
         for fault, places in (widened | emitter.avoided).items():
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
         if kernels:

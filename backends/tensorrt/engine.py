@@ -15,9 +15,10 @@ from torch import Tensor
 from graphopt.attentions import PACKED
 from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
 from graphopt.backends.tensorrt.flavours import Flavour, listening, load_plugins, logger_of
-from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of, told
+from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
 from graphopt.errors import BackendError, InputError, PipelineError
 from graphopt.execution import bind_dims
+from graphopt.measures import named_sizes
 from graphopt.runtime.cache import PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import Engine, signature, to_torch
 from graphopt.runtime.kv_cache import KvCache
@@ -157,7 +158,7 @@ class TensorRtEngine(Engine):
         """The number of the profile that sizes fit into."""
         index = nearest_profile(self.profiles, env)
         if index is None:
-            raise InputError(f"{told(env)} fit no profile of the engine", hint=f"profiles: {self.profiles}")
+            raise InputError(f"{named_sizes(env)} fit no profile of the engine", hint=f"profiles: {self.profiles}")
         return index
 
     def context_for(self, env: Mapping[str, int]) -> Any:

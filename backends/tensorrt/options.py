@@ -107,11 +107,6 @@ def profiles_of(
     return [*exact, *decode, prefill]
 
 
-def told(env: Mapping[str, int]) -> str:
-    """Sizes, for people."""
-    return ", ".join(f"{name} = {size}" for name, size in env.items())
-
-
 def most_run(profiles: Sequence[Profile], layout: CacheLayout | None) -> list[Profile]:
     """A decoder's profiles of single tokens, which take most of its time; all profiles of anything else."""
     steps = [] if layout is None else [each for each in profiles if each[layout.sequence][1] == 1]
