@@ -23,7 +23,7 @@ from graphopt.runtime import Decoder
 from graphopt.schemas.pipeline import Budget
 from graphopt.sources import Source, transformers_source
 
-LENGTH, PROMPT, STEPS = 1024, 128, 128
+LENGTH, PROMPT, STEPS, PROMPTS = 1024, 128, 128, 5
 
 
 def model() -> Source:
@@ -65,19 +65,21 @@ def compiled(source: Source, folder: Path, provider: str) -> graphopt.Compiled:
 
 
 def engine_steps(engine: graphopt.Engine, prompt: list[int]) -> tuple[list[int], list[float], float]:
-    """Greedy tokens, seconds of each step, seconds of the prompt, which is read once before."""
+    """Greedy tokens, seconds of each step, seconds of the prompt, which is read once before and then some times."""
     Decoder(engine, 1).feed([prompt])
-    decoder = Decoder(engine, 1)
-    start = time.perf_counter()
-    token = int(decoder.feed([prompt]).argmax())
-    prefill = time.perf_counter() - start
+    prefills: list[float] = []
+    for _ in range(PROMPTS):
+        decoder = Decoder(engine, 1)
+        start = time.perf_counter()
+        token = int(decoder.feed([prompt]).argmax())
+        prefills.append(time.perf_counter() - start)
     tokens, seconds = [token], []
     for _ in range(STEPS):
         start = time.perf_counter()
         token = int(decoder.feed([[token]]).argmax())
         seconds.append(time.perf_counter() - start)
         tokens.append(token)
-    return tokens, seconds, prefill
+    return tokens, seconds, statistics.median(prefills)
 
 
 def torch_steps(
@@ -98,29 +100,49 @@ def torch_steps(
 
     with torch.inference_mode():
         run(module, prompt, 0)
-        cache.reset()  # it counts what it has read by itself, whatever the places say
-        start = time.perf_counter()
-        token = run(module, prompt, 0)
-        prefill = time.perf_counter() - start
+        prefills: list[float] = []
+        for _ in range(PROMPTS):
+            cache.reset()  # it counts what it has read by itself, whatever the places say
+            start = time.perf_counter()
+            token = run(module, prompt, 0)
+            prefills.append(time.perf_counter() - start)
         tokens, seconds = [token], []
         for index in range(STEPS):
             start = time.perf_counter()
             token = run(step, [token], len(prompt) + index)
             seconds.append(time.perf_counter() - start)
             tokens.append(token)
-    return tokens, seconds, prefill
+    return tokens, seconds, statistics.median(prefills)
 
 
 def forced_off(engine: graphopt.Engine, module: Any, prompt: list[int], count: int = 64) -> float:
     """Random tokens one by one after a prompt: the largest difference of the logits from eager's of the whole text, of their
     scale. (Greedy tokens of a random model repeat each other, whatever its cache holds.)"""
-    tokens = torch.randint(0, module.config.vocab_size, (count,), generator=torch.Generator().manual_seed(2)).tolist()
+    tokens = _random_tokens(module, count)
     decoder = Decoder(engine, 1)
     got = torch.stack([decoder.feed([part])[0].float().cpu() for part in (prompt, *([token] for token in tokens))])
-    with torch.inference_mode():
-        logits = module(torch.tensor([prompt + tokens], device=module.device)).logits
-    wanted = logits[0, len(prompt) - 1 :].float().cpu()
+    wanted = _logits(module, prompt, tokens)
     return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def half_off(half: Any, module: Any, prompt: list[int], count: int = 64) -> float:
+    """The same of eager in half precision."""
+    tokens = _random_tokens(module, count)
+    got, wanted = (_logits(each, prompt, tokens) for each in (half, module))
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def _random_tokens(module: Any, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(2)
+    found: list[int] = torch.randint(0, module.config.vocab_size, (count,), generator=generator).tolist()
+    return found
+
+
+def _logits(module: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Eager's, after the prompt and after each of the tokens behind it."""
+    with torch.inference_mode():
+        logits: torch.Tensor = module(torch.tensor([prompt + tokens], device=module.device)).logits
+    return logits[0, len(prompt) - 1 :].float().cpu()
 
 
 def cuda_graph(folder: Path) -> str:

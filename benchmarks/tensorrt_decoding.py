@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cuda_decoding import engine_steps, forced_off, in_half, torch_steps
+from benchmarks.cuda_decoding import engine_steps, forced_off, half_off, in_half, torch_steps
 from benchmarks.measure import Goal, Results, Table
 from benchmarks.tensorrt_builds import BareEngine, engine_of, graph_of, median_ms, slowest
 from benchmarks.tensorrt_models import HALF, static_cache, with_cache
 from graphopt.backends.tensorrt.device_cache import DeviceCache
+from graphopt.backends.tensorrt.options import CACHE_LENGTH, cache_lengths
 from graphopt.runtime import Decoder
 from graphopt.sources import transformers_source
 
@@ -26,7 +27,7 @@ SPLIT = {"split_sums": True}
 #: Engines: passes behind the cache's, and ``target.options``.
 FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "as it is": ([], {}), "split sums": ([], SPLIT),
-    "merged linears, split sums": ([{"kind": "merge_linears", "decide": "always"}], SPLIT),
+    "split sums, buffers of 256 too": ([], {**SPLIT, "cache_lengths": [256]}),
 }  # fmt: skip
 
 
@@ -60,7 +61,10 @@ def decode(results: Results, kernels: bool) -> None:
             torch_steps(half, prompt, True, ROOM)  # compiles, captures, warms
             _, seconds, prefill = torch_steps(half, prompt, True, ROOM)
             peer = statistics.median(seconds)
-            table.add(f"{past}, torch.compile", ms=1000 * peer, prompt_ms=1000 * prefill)
+            table.add(
+                f"{past}, torch.compile", ms=1000 * peer, prompt_ms=1000 * prefill,
+                off_of_eager=half_off(half, whole, prompt),
+            )  # fmt: skip
             fastest = math.inf
             for name, engine in engines.items():
                 _, seconds, prefill = engine_steps(engine, prompt)
@@ -106,15 +110,20 @@ def kernels_of_a_step(name: str, engine: BareEngine) -> Table:
     cache = after(engine, [0] * PASTS[0])
     assert cache.recorded is not None
     feeds = cache.recorded.inputs
-    context = engine.context_for({"batch": 1, "sequence": 1})
-    return slowest(f"a step, {name}", context, lambda: cache.put(feeds), rows=60)
+    return slowest(f"a step, {name}", context_of(engine, 1, PASTS[0] + 2), lambda: cache.put(feeds), rows=60)
 
 
 def kernels_of_a_prompt(name: str, engine: BareEngine) -> Table:
-    context = engine.context_for({"batch": 1, "sequence": PASTS[-1]})
+    context = context_of(engine, PASTS[-1], PASTS[-1])
     return slowest(
         f"a prompt of {PASTS[-1]}, {name}", context, lambda: Decoder(engine, 1).feed([[0] * PASTS[-1]]), rows=40
     )
+
+
+def context_of(engine: BareEngine, sequence: int, needed: int) -> Any:
+    """The context of ``sequence`` tokens in buffers that hold ``needed`` positions."""
+    lengths = [length for length in cache_lengths(engine.profiles) if length >= needed]
+    return engine.context_for({"batch": 1, "sequence": sequence} | ({CACHE_LENGTH: lengths[0]} if lengths else {}))
 
 
 def copy_bandwidth() -> float:

@@ -20,7 +20,6 @@ from graphopt.schemas.common import Schema
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.schemas.report import TacticReport
-from graphopt.tensors import DimRange
 
 BACKENDS = "graphopt.backends"  # the entry point group
 
@@ -67,8 +66,8 @@ class Backend(ABC):
                     hint=f"leave it out; there is {' and '.join(sorted(self.takes)) or 'nothing to set'}",
                 )
 
-    def check_dims(self, dims: Mapping[str, DimRange]) -> None:  # noqa: B027  # most have no such options
-        """PipelineError if options are about sizes that the model, whose dims these are, has not."""
+    def check_graph(self, graph: Graph) -> None:  # noqa: B027  # most have no such options
+        """PipelineError if options are about what the graph, as passes left it, has not: a size, a cache."""
 
     def options_as(self, schema: type[S]) -> S:
         """``target.options``, read. PipelineError names the one that is wrong."""

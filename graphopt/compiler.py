@@ -214,7 +214,7 @@ def _compile(
                 override=build.parity, force=build.force, instruments=[*instruments, announcer],
             )  # fmt: skip
         with build.part("build"):
-            build.backend.check_dims(graph.dims)
+            build.backend.check_graph(graph)
             built = build.backend.build(graph, folder, build.progress)
             if graph.prologue is not None:
                 _build_prologue(build, graph.prologue, folder / artifact.PROLOGUE)

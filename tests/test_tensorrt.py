@@ -26,6 +26,7 @@ from graphopt.backends.tensorrt.dialect import OLD_OPSET, tensorrt_dialect
 from graphopt.backends.tensorrt.options import (
     Options,
     Profile,
+    cache_lengths,
     for_two_rows,
     hole_in,
     most_run,
@@ -251,6 +252,25 @@ def test_sizes_that_fit_no_profile_are_found(profiles: list[tuple[int, ...]], ho
     assert any(nearest_profile(made, each) is None for each in sizes) == (hole is not None)
 
 
+def test_buffers_of_several_lengths_have_profiles_of_their_own() -> None:
+    """Of what they hold."""
+    graph = load(program(TOKENS.replace("[2, 64]", "[1, 64]") + "    " + BERT))
+    layout = cast(CacheLayout, SimpleNamespace(max_length=64, window=None, sequence="sequence", whole=["past"]))
+    options = Options(cache_lengths=(32, 8), shapes=({"batch": 4, "sequence": 16},))
+    made = profiles_of(types_of(graph.inputs), graph.dims, options, layout)
+    found = [(each["batch"], each["sequence"], each["cache_length"]) for each in made]
+    step, any_batch, four = (1, 1, 1), (1, 1, 4), (4, 4, 4)
+    assert found == [
+        (any_batch, step, (8, 8, 8)), (any_batch, (1, 8, 8), (8, 8, 8)),
+        (four, (16, 16, 16), (32, 32, 32)), (any_batch, step, (32, 32, 32)), (any_batch, (1, 32, 32), (32, 32, 32)),
+        (four, (16, 16, 16), (64, 64, 64)), (any_batch, step, (64, 64, 64)), (any_batch, (1, 64, 64), (64, 64, 64)),
+    ]  # fmt: skip
+    assert hole_in(graph.dims, made, layout) is None
+    assert cache_lengths(made) == [8, 32, 64]
+    sizes = {"batch": 1, "sequence": 1}
+    assert [nearest_profile(made, {**sizes, "cache_length": length}) for length in (8, 9, 32, 64)] == [0, None, 3, 6]
+
+
 BATCH = {"batch": (1, 1, 4)}
 
 
@@ -278,7 +298,7 @@ def test_sizes_that_are_refused(options: dict[str, Any], reason: str) -> None:
 def test_sizes_that_the_model_has_not_are_refused(dims: str, given: dict[str, Any]) -> None:
     backend = TensorRtBackend(TargetConfig(backend="tensorrt", options=given))
     with pytest.raises(PipelineError, match="the model has no size 'sequenc'") as error:
-        backend.check_dims(load(program(dims + "    input %x: f32[2]\n    output y = %x\n")).dims)
+        backend.check_graph(load(program(dims + "    input %x: f32[2]\n    output y = %x\n")))
     assert error.value.hint is not None
     assert ("sequence" if dims else "all fixed") in error.value.hint
 

@@ -18,6 +18,7 @@ from graphopt.backends.tensorrt import backend as backends
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
 from graphopt.decode_parity import decode_parity
+from graphopt.errors import PipelineError
 from graphopt.ir import Graph
 from graphopt.pipeline import Pass
 from graphopt.runtime import Decoder
@@ -61,10 +62,11 @@ class Last:
 
 
 def decoder(
-    name: str, layout: str, folder: Path, *steps: dict[str, Any], watch: Last | None = None, **options: Any
-) -> graphopt.Compiled:
+    name: str, layout: str, folder: Path, *steps: dict[str, Any], watch: Last | None = None,
+    cache_lengths: tuple[int, ...] = (), **options: Any,
+) -> graphopt.Compiled:  # fmt: skip
     """``options`` are insert_kv_cache's."""
-    own = {"compute_capabilities": ["8.9"], "optimization_level": 0}
+    own = {"compute_capabilities": ["8.9"], "optimization_level": 0, "cache_lengths": cache_lengths}
     return graphopt.compile(
         model(name), folder, passes=[*with_cache(**LAYOUTS[layout], **options), *steps],
         target={"backend": "tensorrt_rtx", "options": own}, dims={"batch": (1, 4), "sequence": (1, LENGTH)},
@@ -180,3 +182,104 @@ def test_a_whole_cache_goes_in_and_comes_out(stand_in: Engine) -> None:
         assert not given[past].any()  # what was given stays as it was
         assert results[present][:, :, :3].any()
         assert not results[present][:, :, 3:].any()
+
+
+# Buffers of several lengths
+
+
+@pytest.fixture
+def old_importer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "parsed_ops", lambda flavour: lambda op: op not in flavours._SINCE)
+
+
+def with_lengths(name: str, layout: str, folder: Path, *steps: dict[str, Any]) -> Engine:
+    """The stand-in of an engine whose buffers have 4, 9 or all 24 positions."""
+    watch = Last()
+    made = decoder(name, layout, folder, *steps, watch=watch, cache_lengths=(9, 4))
+    assert made.report.emitted is not None
+    assert made.report.emitted.holds
+    options = {"cache_lengths": (9, 4)}
+    backend = TensorRtRtxBackend(TargetConfig(backend="tensorrt_rtx", options=options))
+    found = backend.stand_in(watch.graph, made.engine)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("name", "layout"), [("LlamaForCausalLM", "static"), ("GptOssForCausalLM", "windows")])
+@pytest.mark.usefixtures("old_importer")
+def test_buffers_grow_with_the_texts(name: str, layout: str, tmp_path: Path) -> None:
+    """Rows of different lengths, prompts that begin in the shortest buffers and in longer ones; tokens are eager's."""
+    engine = with_lengths(name, layout, tmp_path / "e")
+    generator = torch.Generator().manual_seed(5)
+    for counts in ((2, 1, 3), (5, 2, 7), (12, 3, 1)):
+        prompts = [torch.randint(3, 99, (count,), generator=generator).tolist() for count in counts]
+        parity = decode_parity(model(name).module, engine, prompts, steps=10)
+        assert [row.equal for row in parity.rows] == [10, 10, 10]
+        assert parity.worst_drift < 1e-4
+
+
+@pytest.mark.usefixtures("old_importer")
+def test_buffers_are_the_shortest_that_hold_the_texts(tmp_path: Path) -> None:
+    """In growing they keep what they hold, and windows' own buffers stay as they are; so do those that are selected."""
+    engine = with_lengths("GptOssForCausalLM", "windows", tmp_path / "e")
+    texts = Decoder(engine, 2)
+    windows = {name: tensor.shape[2] for name, tensor in texts.cache.tensors.items()}
+    whole = [name for name in windows if name in texts.layout.whole]
+    seen = []
+    for tokens in ([[5, 6], [7]], [[8], [9]], [[8], [9]], [[3] * 5, [4]], [[3], [4]], [[3], [4]]):
+        texts.feed(tokens)
+        seen.append({texts.cache.tensors[name].shape[2] for name in whole})
+        assert all(texts.cache.tensors[name].shape[2] == size for name, size in windows.items() if name not in whole)
+    assert 0 < len(whole) < len(windows)
+    assert seen == [{4}, {4}, {4}, {9}, {24}, {24}]
+    texts.select(torch.tensor([1]))
+    assert {texts.cache.tensors[name].shape[2] for name in whole} <= {24}
+
+
+@pytest.mark.usefixtures("old_importer")
+def test_a_whole_cache_may_be_any_of_the_lengths(tmp_path: Path) -> None:
+    """The engine called as a function, with buffers as its contract has them."""
+    engine = with_lengths("LlamaForCausalLM", "static", tmp_path / "e")
+    feeds = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "past_lengths": torch.tensor([0]),
+        "new_lengths": torch.tensor([3]),
+    }
+    results = engine(**feeds, **engine.cache_layout.empty(1))
+    texts = Decoder(engine, 1)
+    torch.testing.assert_close(texts.feed([[5, 6, 7]]), results["logits"][:, 0], atol=1e-5, rtol=1e-5)
+    assert {tensor.shape[2] for tensor in texts.cache.tensors.values()} == {4}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "lengths", "reason"),
+    [
+        ("BertModel", TensorRtRtxBackend.standard_passes, (4,), "the model has no static cache"),
+        ("LlamaForCausalLM", with_cache(layout="growing"), (4,), "the model has no static cache"),
+        (
+            "LlamaForCausalLM",
+            with_cache(**LAYOUTS["static"]),
+            (4, LENGTH),
+            "24 is not below the cache's max_length, 24",
+        ),
+        ("LlamaForCausalLM", with_cache(**LAYOUTS["static"]), (0,), "greater than or equal to 1"),
+        ("MistralForCausalLM", with_cache(**LAYOUTS["windows"]), (4,), "all buffers of the cache are of windows"),
+        ("BloomForCausalLM", with_cache(**LAYOUTS["static"]), (4,), "attention has a bias .* of all 24 positions"),
+    ],
+    ids=["encoder", "growing", "too long", "none", "windows", "bias"],
+)
+@pytest.mark.usefixtures("old_importer")
+def test_lengths_that_are_refused(
+    name: str, steps: list[dict[str, Any]], lengths: tuple[int, ...], reason: str, tmp_path: Path
+) -> None:
+    target = {"backend": "tensorrt_rtx", "options": {"cache_lengths": lengths}}
+    dims = {"batch": (1, 4), "sequence": (1, LENGTH)}
+    with pytest.raises(PipelineError, match=reason) as error:
+        graphopt.compile(model(name), tmp_path / "e", passes=steps, target=target, dims=dims)
+    assert "target.options" in (error.value.where or "")
+    assert not (tmp_path / "e").exists()
+
+
+def test_importers_that_write_buffers_in_place_have_one_length(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="reads buffers where they lie, and their length is fixed"):
+        decoder("LlamaForCausalLM", "static", tmp_path / "e", cache_lengths=(4,))

@@ -19,6 +19,7 @@ from graphopt.backends.onnx.emitter import ORIGIN, Emitter
 from graphopt.backends.onnxruntime.widened import widened
 from graphopt.backends.quirks import Quirk, faults_in_force, quirks_in_force
 from graphopt.backends.tensorrt.builder import build_plan
+from graphopt.backends.tensorrt.cached import of_any_length
 from graphopt.backends.tensorrt.dialect import tensorrt_dialect
 from graphopt.backends.tensorrt.engine import PLAN, TensorRtEngine, opened_plan, unrunnable
 from graphopt.backends.tensorrt.flavours import RTX, TENSORRT, Flavour, load_plugins, parsed_ops
@@ -39,11 +40,10 @@ from graphopt.errors import EngineError, MissingBackendError, PipelineError
 from graphopt.ir import Graph, types_of
 from graphopt.measures import named_sizes
 from graphopt.ops.quantization import FP8
-from graphopt.runtime.cache import layout_of
+from graphopt.runtime.cache import CacheLayout, layout_of
 from graphopt.runtime.engine import Engine
 from graphopt.schemas.manifest import Manifest
 from graphopt.schemas.pipeline import TargetConfig
-from graphopt.tensors import DimRange
 
 
 class TensorRtBackend(Backend):
@@ -66,8 +66,22 @@ class TensorRtBackend(Backend):
             if getattr(self.options, name) != Options.model_fields[name].default:
                 raise PipelineError(why, where=f"target.options.{name}")
 
-    def check_dims(self, dims: Mapping[str, DimRange]) -> None:
-        check_names(dims, self.options)
+    def check_graph(self, graph: Graph) -> None:
+        check_names(graph.dims, self.options)
+        if self.options.cache_lengths:
+            self._check_lengths(layout_of(graph))
+
+    def _check_lengths(self, layout: CacheLayout | None) -> None:
+        where, longest = "target.options.cache_lengths", max(self.options.cache_lengths)
+        if layout is None or layout.max_length is None:
+            raise PipelineError("the model has no static cache", where=where, hint="insert_kv_cache: layout: static")
+        if not layout.whole:
+            raise PipelineError("all buffers of the cache are of windows", where=where, hint="leave it out")
+        if longest >= layout.max_length:
+            raise PipelineError(f"{longest} is not below the cache's max_length, {layout.max_length}", where=where)
+        if parsed_ops(self.flavour)("TensorScatter"):
+            why = "reads buffers where they lie, and their length is fixed"
+            raise PipelineError(f"{self.name} here {why}", where=where, hint="leave it out")
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -91,7 +105,14 @@ class TensorRtBackend(Backend):
         dialect = tensorrt_dialect(
             parsed_ops(self.flavour), self.name, quirks, device, self.options.accumulate, padding
         )
-        return Emitter(graph, dialect)
+        return Emitter(self._with_lengths(graph), dialect)
+
+    def _with_lengths(self, graph: Graph) -> Graph:
+        """The graph with buffers as short as ``cache_lengths`` ask for. (A decoder's encoder has none.)"""
+        layout = layout_of(graph)
+        if not self.options.cache_lengths or layout is None or not layout.whole:
+            return graph
+        return of_any_length(graph, layout)
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
         if self.options.split_sums and self.unrunnable() is not None:
@@ -110,7 +131,13 @@ class TensorRtBackend(Backend):
         with tempfile.TemporaryDirectory(dir=folder) as inside:
             written = write_model(emitter, Path(inside), progress)
             plan = build_plan(
-                self.flavour, Path(inside) / MODEL, types_of(graph.inputs), profiles, self.options, origins, progress
+                self.flavour,
+                Path(inside) / MODEL,
+                types_of(emitter.graph.inputs),
+                profiles,
+                self.options,
+                origins,
+                progress,
             )
         (folder / PLAN).write_bytes(plan.data)
         digest = hashlib.sha256(plan.data).hexdigest()

@@ -18,13 +18,58 @@ import torch
 
 from graphopt.backends.onnx.attention import Attention, softmax_of_products
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Unsupported
-from graphopt.ir import Node, Value
+from graphopt.backends.tensorrt.options import CACHE_LENGTH
+from graphopt.dims import Dim
+from graphopt.errors import PipelineError
+from graphopt.ir import Graph, Node, Value
+from graphopt.runtime.cache import CacheLayout
+from graphopt.tensors import DimRange, TensorType
 
 #: What to do about ops between a cache and its attention.
 _REMEDIES = {
     "aten.to.dtype": "insert_kv_cache: dtype: fp16, where cast comes later",
     "graphopt.dequantize.default": "a static cache in int8 needs TensorRT 10.15; leave the cache's dtype out",
 }
+
+
+def of_any_length(graph: Graph, layout: CacheLayout) -> Graph:
+    """The graph with buffers that may be shorter than ``max_length``.
+
+    ::
+
+        input %past: f16[B, H, 2304, D]      ->      dim cache_length in [1, 2304]
+                                                     input %past: f16[B, H, cache_length, D]
+
+    PipelineError where attention has a bias or a mask of all positions."""
+    assert layout.max_length is not None
+    made = graph.clone()
+    made.dims[CACHE_LENGTH] = DimRange(1, layout.max_length)
+    whole = {made.inputs[name] for name in layout.whole}
+    for node in made.nodes:
+        if node.op == "graphopt.kv_cache_update.default" and node.args["cache"] in whole:
+            node.output.type = open_type(node.output.type)
+            whole.add(node.output)
+        elif node.op == "graphopt.attention.default" and node.args["k"] in whole:
+            _refuse_positions(node, layout.max_length)
+    for name in layout.whole:
+        made.inputs[name].type = open_type(made.inputs[name].type)
+    return made
+
+
+def open_type(buffer: TensorType) -> TensorType:
+    """Of a buffer whose length is open."""
+    batch, heads, _, size = buffer.shape
+    return TensorType(buffer.dtype, (batch, heads, Dim.named(CACHE_LENGTH), size))
+
+
+def _refuse_positions(node: Node, length: int) -> None:
+    for name, value in node.args.items():
+        if isinstance(value, Value) and name not in ("q", "k", "v") and value.type.shape[-1:] == (length,):
+            raise PipelineError(
+                f"attention has a {name} {value.type} of all {length} positions",
+                where="target.options.cache_lengths",
+                hint=f"leave it out: {node.where} needs whole buffers",
+            )
 
 
 def new_rows(e: Emitter, node: Node) -> Lowered:

@@ -3,17 +3,20 @@ recorded as CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from graphopt.backends.tensorrt.cached import open_type
+from graphopt.backends.tensorrt.options import CACHE_LENGTH, cache_lengths
 from graphopt.execution import bind_dims
 from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout, window_length
 from graphopt.runtime.engine import signature
 from graphopt.runtime.kv_cache import KvCache
+from graphopt.tensors import DimRange
 
 if TYPE_CHECKING:
     from graphopt.backends.tensorrt.engine import TensorRtEngine
@@ -87,12 +90,34 @@ class DeviceCache(KvCache):
     """The buffers of a static layout stay where they are; of a growing one the engine's outputs are the next step's inputs."""
 
     engine: TensorRtEngine
+    #: Lengths that its buffers may have, shortest first, if they have several.
+    lengths: Sequence[int]
 
     def __init__(self, engine: TensorRtEngine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
-        self.device = engine.device
+        self.device, self.lengths = engine.device, cache_lengths(engine.profiles)
         self.gives_rows = layout.max_length is not None and engine.gives_new_rows(layout)
         self.recorded: Recorded | None = None
         super().__init__(engine, layout, batch, {name: tensor.to(self.device) for name, tensor in once.items()})
+
+    def _fresh(self) -> dict[str, Tensor]:
+        return self.layout.empty(self.batch, self.device, self.lengths[0] if self.lengths else None)
+
+    def with_room(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.lengths:
+            width = feeds[self.layout.tokens[0]].shape[1]
+            self._grow(int(feeds[PAST_LENGTHS].max()) + width)
+        return super().with_room(feeds)
+
+    def _grow(self, needed: int) -> None:
+        """Let the buffers be the shortest ones that hold ``needed`` positions, if those they are do not."""
+        own = self.tensors[self.layout.whole[0]].shape[2]
+        if needed <= own:
+            return
+        length = next(length for length in self.lengths if length >= needed)
+        longer = self.layout.empty(self.batch, self.device, length)
+        for name, buffer in longer.items():
+            buffer[:, :, : self.tensors[name].shape[2]] = self.tensors[name]
+        self.hold(longer)
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         self.recorded = None
@@ -120,9 +145,7 @@ class DeviceCache(KvCache):
     def put(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put a step on the current stream: ``feeds`` on the device."""
         inputs = {**feeds, **self.once, **self.tensors}
-        env = bind_dims(
-            self.engine.inputs, self.engine.dims, {name: signature(name, own) for name, own in inputs.items()}
-        )
+        env = self._sizes({name: signature(name, own) for name, own in inputs.items()})
         rows = [stack.rows(feeds[self.layout.tokens[0]].shape[1]) for stack in self._stacks]
         presents: dict[str, Tensor] = {}
         if self.layout.max_length is not None and not rows:
@@ -135,6 +158,14 @@ class DeviceCache(KvCache):
         for stack, own in zip(self._stacks, rows, strict=True):
             stack.write(own, self._starts(stack, feeds))
         return {name: made[name] for name in self.layout.results}
+
+    def _sizes(self, given: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
+        """What the inputs' named sizes are, the buffers' length among them if it is open."""
+        types, dims = dict(self.engine.inputs), dict(self.engine.dims)
+        if self.lengths:
+            types |= {name: open_type(types[name]) for name in self.layout.whole}
+            dims[CACHE_LENGTH] = DimRange(1, self.lengths[-1])
+        return bind_dims(types, dims, given)
 
     def _starts(self, stack: _Stack, feeds: Mapping[str, Tensor]) -> Tensor:
         """Where the new rows of each text go."""

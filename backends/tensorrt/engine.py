@@ -166,16 +166,21 @@ class TensorRtEngine(Engine):
         opened, index = self.opened(), self.profile_for(env)
         key = index, threading.get_ident()
         if key not in opened.contexts:
-            with listening(opened.library) as said:
-                context = opened.engine.create_execution_context()
-            if context is None:
-                raise BackendError(
-                    f"{self.flavour.name} makes no context, which needs {self.device_bytes >> 20} MiB: {said.why}"
-                )
-            context.set_optimization_profile_async(index, torch.cuda.current_stream().cuda_stream)
-            torch.cuda.current_stream().synchronize()
-            opened.contexts[key] = context
+            opened.contexts[key] = self._new_context(opened, index)
         return opened.contexts[key]
+
+    def _new_context(self, opened: Opened, index: int) -> Any:
+        """A context of a profile, with as much scratch memory as that one needs."""
+        stream = torch.cuda.current_stream()
+        strategy = opened.library.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        with listening(opened.library) as said:
+            context = opened.engine.create_execution_context(strategy)
+            is_made = context is not None and context.set_optimization_profile_async(index, stream.cuda_stream)
+        if not is_made:
+            needed = opened.engine.get_device_memory_size_for_profile_v2(index) >> 20
+            raise BackendError(f"{self.flavour.name} makes no context, which needs {needed} MiB: {said.why}")
+        stream.synchronize()
+        return context
 
     # CUDA graphs
 

@@ -22,6 +22,8 @@ Capability = Literal["7.5", "8.0", "8.6", "8.9", "12.0"]
 Accumulate = Literal["fp32", "long", "fastest"]
 PackedPadding = Literal["dropped", "behind"]
 T = TypeVar("T")
+#: The size in profiles that is the length of a static cache's buffers, where they have several.
+CACHE_LENGTH = "cache_length"
 _COMMON = 128  # what is expected of a size whose range says nothing else
 
 
@@ -41,6 +43,9 @@ class Options(Schema):
     packed_padding: PackedPadding = "dropped"
     """Where ``remove_padding`` packs tokens: padding is ``dropped``, and sizes depend on the data; or it goes ``behind`` all
     tokens, no size changes, calls can be CUDA graphs, and only attention takes less time."""
+    cache_lengths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Lengths of a static cache's buffers beside ``max_length``, with profiles of their own: a text is in the shortest ones that
+    hold it, whose steps take less time than those of long ones. For importers without TensorScatter (up to 10.14)."""
     split_sums: bool = False
     """Long sums of linears whose results are few tiles in two or four parts (split-K), for the GPU that is here: few at all
     expected sizes, or at a decoder's single tokens. Each part must fit into half precision, which holds up to 65,504, where the
@@ -84,7 +89,36 @@ def profiles_of(
     A decoder with a static cache (``layout``) has one for single tokens as well. Of what is given, an engine takes the sizes that
     it has: the encoder of a decoder has fewer.
 
+    Where a cache has buffers of several lengths, each has these profiles as far as it holds them.
+
     PipelineError for sizes that are missing, outside of their range, or without a largest number."""
+    found = _of_sizes(inputs, dims, options, layout)
+    if not options.cache_lengths or layout is None or not layout.whole:
+        return found
+    assert layout.max_length is not None
+    lengths = sorted({*options.cache_lengths, layout.max_length})
+    return [
+        _in_buffers(profile, layout.sequence, length)
+        for length in lengths
+        for profile in found
+        if profile[layout.sequence][0] <= length
+    ]
+
+
+def _in_buffers(profile: Profile, sequence: str, length: int) -> Profile:
+    """A profile for buffers of one length."""
+    low, best, high = profile[sequence]
+    return {**profile, sequence: (low, min(best, length), min(high, length)), CACHE_LENGTH: (length, length, length)}
+
+
+def cache_lengths(profiles: Sequence[Profile]) -> list[int]:
+    """The lengths of buffers that profiles are for, where there are several: shortest first."""
+    return sorted({profile[CACHE_LENGTH][1] for profile in profiles if CACHE_LENGTH in profile})
+
+
+def _of_sizes(
+    inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange], options: Options, layout: CacheLayout | None
+) -> list[Profile]:
     if not dims:
         return [{}]
     if options.profiles is not None:

@@ -110,12 +110,19 @@ class CacheLayout:
         sizes = list(type.shape)
         return sizes.index(Dim.named(self.sequence)) if Dim.named(self.sequence) in sizes else None
 
-    def empty(self, batch: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """A cache of no tokens: nothing in it, or buffers of zeros."""
+    @functools.cached_property
+    def whole(self) -> list[str]:
+        """The buffers of all positions, not of a window."""
+        window = None if self.window is None else window_length(self.window)
+        return [name for name in self.names if self.inputs[name].shape[2] in {self.max_length} - {window, None}]
+
+    def empty(self, batch: int, device: torch.device | str = "cpu", length: int | None = None) -> dict[str, Tensor]:
+        """A cache of no tokens: nothing in it, or buffers of zeros, the whole ones of ``length`` positions if it is given."""
         found = {}
         for name in self.names:
-            _, heads, length, size = self.inputs[name].shape
-            shape = batch, _number(heads), length if isinstance(length, int) else 0, _number(size)
+            _, heads, own, size = self.inputs[name].shape
+            positions = length if length is not None and name in self.whole else own
+            shape = batch, _number(heads), positions if isinstance(positions, int) else 0, _number(size)
             found[name] = _zeros(shape, self.inputs[name].dtype, device)
         return found
 

@@ -26,7 +26,7 @@ class KvCache:
 
     def __init__(self, engine: Engine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
         self.engine, self.layout, self.batch = engine, layout, batch
-        self.hold(layout.empty(batch, self.device))
+        self.hold(self._fresh())
         self.once = dict(once)
         self.evicted = torch.zeros(batch, dtype=torch.int64)
 
@@ -46,6 +46,9 @@ class KvCache:
         results = self.engine(**feeds, **self.once, **self.tensors)
         self.tensors = {past: results[present] for past, present in self.layout.names.items()}
         return {name: results[name] for name in self.layout.results}
+
+    def _fresh(self) -> dict[str, Tensor]:
+        return self.layout.empty(self.batch, self.device)
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Let these be the cache."""
