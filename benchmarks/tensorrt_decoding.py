@@ -24,11 +24,8 @@ from graphopt.sources import transformers_source
 DECODE_GAIN, BANDWIDTH = 1.3, 0.6
 PASTS, ROOM = (128, 2048), 2304
 SPLIT = {"split_sums": True}
-#: Engines: passes behind the cache's, and ``target.options``.
-FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-    "as it is": ([], {}), "split sums": ([], SPLIT),
-    "split sums, buffers of 256 too": ([], {**SPLIT, "cache_lengths": [256]}),
-}  # fmt: skip
+#: Engines by their ``target.options``.
+FORMS: dict[str, dict[str, Any]] = {"as it is": {}, "split sums": SPLIT, "whole buffers": {"cache_lengths": []}}
 
 
 def decode(results: Results, kernels: bool) -> None:
@@ -40,16 +37,15 @@ def decode(results: Results, kernels: bool) -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     source = transformers_source(model, name="llama-1b")
-    graphs = [
-        graph_of(source, steps_with(more), {"batch": (1, 1), "sequence": (1, ROOM)}) for more, _ in FORMS.values()
-    ]
+    passes = [*with_cache(**static_cache(ROOM, "fp16")), HALF]
+    graph = graph_of(source, passes, {"batch": (1, 1), "sequence": (1, ROOM)})
     one = {"batch": (1, 1, 1)}
     profiles = [{**one, "sequence": (1, 1, 1)}, {**one, "sequence": (1, 512, ROOM)}]
     table = Table("Llama of 1B in fp16, a batch of 1", "past")
     with tempfile.TemporaryDirectory() as folder:
         engines = {
             name: engine_of(graph, Path(folder) / name, cuda_graphs=False, profiles=profiles, **options)
-            for graph, (name, (_, options)) in zip(graphs, FORMS.items(), strict=True)
+            for name, options in FORMS.items()
         }
         half = in_half(config)
         half.load_state_dict(model.state_dict())
@@ -82,12 +78,6 @@ def decode(results: Results, kernels: bool) -> None:
         results.tables.append(table)
         for name, engine in engines.items() if kernels else ():
             results.tables += [kernels_of_a_step(name, engine), kernels_of_a_prompt(name, engine)]
-
-
-def steps_with(more: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    steps = with_cache(**static_cache(ROOM, "fp16"))
-    behind = [step["kind"] for step in steps].index("insert_kv_cache") + 1
-    return [*steps[:behind], *more, *steps[behind:], HALF]
 
 
 def after(engine: BareEngine, prompt: list[int]) -> DeviceCache:

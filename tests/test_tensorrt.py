@@ -29,6 +29,7 @@ from graphopt.backends.tensorrt.options import (
     cache_lengths,
     for_two_rows,
     hole_in,
+    lengths_of,
     most_run,
     nearest_profile,
     profiles_of,
@@ -257,7 +258,8 @@ def test_buffers_of_several_lengths_have_profiles_of_their_own() -> None:
     graph = load(program(TOKENS.replace("[2, 64]", "[1, 64]") + "    " + BERT))
     layout = cast(CacheLayout, SimpleNamespace(max_length=64, window=None, sequence="sequence", whole=["past"]))
     options = Options(cache_lengths=(32, 8), shapes=({"batch": 4, "sequence": 16},))
-    made = profiles_of(types_of(graph.inputs), graph.dims, options, layout)
+    lengths = lengths_of(options, layout)
+    made = profiles_of(types_of(graph.inputs), graph.dims, options, layout, lengths)
     found = [(each["batch"], each["sequence"], each["cache_length"]) for each in made]
     step, any_batch, four = (1, 1, 1), (1, 1, 4), (4, 4, 4)
     assert found == [
@@ -266,9 +268,27 @@ def test_buffers_of_several_lengths_have_profiles_of_their_own() -> None:
         (four, (16, 16, 16), (64, 64, 64)), (any_batch, step, (64, 64, 64)), (any_batch, (1, 64, 64), (64, 64, 64)),
     ]  # fmt: skip
     assert hole_in(graph.dims, made, layout) is None
-    assert cache_lengths(made) == [8, 32, 64]
+    assert cache_lengths(made) == lengths == [8, 32, 64]
     sizes = {"batch": 1, "sequence": 1}
     assert [nearest_profile(made, {**sizes, "cache_length": length}) for length in (8, 9, 32, 64)] == [0, None, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("longest", "given", "lengths"),
+    [
+        (511, None, []),
+        (512, None, [256, 512]),
+        (2304, None, [256, 1024, 2304]),
+        (131072, None, [256, 1024, 4096, 16384, 65536, 131072]),
+        (2304, (), []),
+        (2304, (512,), [512, 2304]),
+        (None, None, []),
+    ],
+)
+def test_lengths_of_buffers(longest: int | None, given: tuple[int, ...] | None, lengths: list[int]) -> None:
+    """Each four times the one before, unless they are given; a cache that grows has none."""
+    layout = cast(CacheLayout, SimpleNamespace(max_length=longest, whole=["past"]))
+    assert lengths_of(Options(cache_lengths=given), layout) == lengths
 
 
 BATCH = {"batch": (1, 1, 4)}

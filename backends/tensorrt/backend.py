@@ -31,6 +31,7 @@ from graphopt.backends.tensorrt.options import (
     check_names,
     for_two_rows,
     hole_in,
+    lengths_of,
     most_run,
     profiles_of,
 )
@@ -69,10 +70,10 @@ class TensorRtBackend(Backend):
     def check_graph(self, graph: Graph) -> None:
         check_names(graph.dims, self.options)
         if self.options.cache_lengths:
-            self._check_lengths(layout_of(graph))
+            self._check_lengths(max(self.options.cache_lengths), layout_of(graph))
 
-    def _check_lengths(self, layout: CacheLayout | None) -> None:
-        where, longest = "target.options.cache_lengths", max(self.options.cache_lengths)
+    def _check_lengths(self, longest: int, layout: CacheLayout | None) -> None:
+        where = "target.options.cache_lengths"
         if layout is None or layout.max_length is None:
             raise PipelineError("the model has no static cache", where=where, hint="insert_kv_cache: layout: static")
         if not layout.whole:
@@ -108,11 +109,13 @@ class TensorRtBackend(Backend):
         return Emitter(self._with_lengths(graph), dialect)
 
     def _with_lengths(self, graph: Graph) -> Graph:
-        """The graph with buffers as short as ``cache_lengths`` ask for. (A decoder's encoder has none.)"""
+        """The graph with buffers that may have any of several lengths. (A decoder's encoder has no buffers.)"""
         layout = layout_of(graph)
-        if not self.options.cache_lengths or layout is None or not layout.whole:
-            return graph
-        return of_any_length(graph, layout)
+        return of_any_length(graph, layout) if layout is not None and self._lengths(layout) else graph
+
+    def _lengths(self, layout: CacheLayout | None) -> list[int]:
+        """Of a static cache's buffers, where they have several."""
+        return [] if parsed_ops(self.flavour)("TensorScatter") else lengths_of(self.options, layout)
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
         if self.options.split_sums and self.unrunnable() is not None:
@@ -156,7 +159,8 @@ class TensorRtBackend(Backend):
 
     def profiles(self, graph: Graph) -> list[Profile]:
         """What ``target.options`` and the graph's dims ask an engine to be built for."""
-        return profiles_of(types_of(graph.inputs), graph.dims, self.options, layout_of(graph))
+        layout = layout_of(graph)
+        return profiles_of(types_of(graph.inputs), graph.dims, self.options, layout, self._lengths(layout))
 
     def _widened(self, graph: Graph, profiles: list[Profile]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
         """The profiles, expecting two rows of products that faults need two of; and where those are."""

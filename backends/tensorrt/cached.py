@@ -20,7 +20,6 @@ from graphopt.backends.onnx.attention import Attention, softmax_of_products
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Lowering, Unsupported
 from graphopt.backends.tensorrt.options import CACHE_LENGTH
 from graphopt.dims import Dim
-from graphopt.errors import PipelineError
 from graphopt.ir import Graph, Node, Value
 from graphopt.runtime.cache import CacheLayout
 from graphopt.tensors import DimRange, TensorType
@@ -33,14 +32,15 @@ _REMEDIES = {
 
 
 def of_any_length(graph: Graph, layout: CacheLayout) -> Graph:
-    """The graph with buffers that may be shorter than ``max_length``.
+    """The graph with buffers that may be shorter than ``max_length``. Of a bias attention takes as many positions as they have.
 
     ::
 
-        input %past: f16[B, H, 2304, D]      ->      dim cache_length in [1, 2304]
-                                                     input %past: f16[B, H, cache_length, D]
-
-    PipelineError where attention has a bias or a mask of all positions."""
+        input %past: f16[B, H, 2304, D]                     dim cache_length in [1, 2304]
+        %y = graphopt.attention(k=..., bias=%all)    ->     input %past: f16[B, H, cache_length, D]
+                                                            %near = aten.slice(self=%all, dim=-1, start=0, end=cache_length)
+                                                            %y = graphopt.attention(k=..., bias=%near)
+    """
     assert layout.max_length is not None
     made = graph.clone()
     made.dims[CACHE_LENGTH] = DimRange(1, layout.max_length)
@@ -50,7 +50,7 @@ def of_any_length(graph: Graph, layout: CacheLayout) -> Graph:
             node.output.type = open_type(node.output.type)
             whole.add(node.output)
         elif node.op == "graphopt.attention.default" and node.args["k"] in whole:
-            _refuse_positions(node, layout.max_length)
+            _take_near(made, node, layout.max_length)
     for name in layout.whole:
         made.inputs[name].type = open_type(made.inputs[name].type)
     return made
@@ -62,14 +62,14 @@ def open_type(buffer: TensorType) -> TensorType:
     return TensorType(buffer.dtype, (batch, heads, Dim.named(CACHE_LENGTH), size))
 
 
-def _refuse_positions(node: Node, length: int) -> None:
+def _take_near(graph: Graph, node: Node, length: int) -> None:
+    """Let an attention read as many of ``length`` positions as its buffers have."""
+    args = dict(node.args)
     for name, value in node.args.items():
         if isinstance(value, Value) and name not in ("q", "k", "v") and value.type.shape[-1:] == (length,):
-            raise PipelineError(
-                f"attention has a {name} {value.type} of all {length} positions",
-                where="target.options.cache_lengths",
-                hint=f"leave it out: {node.where} needs whole buffers",
-            )
+            part = {"self": value, "dim": len(value.type.shape) - 1, "start": 0, "end": Dim.named(CACHE_LENGTH)}
+            args[name] = graph.insert("aten.slice.Tensor", part, before=node, origin=node.origin).output
+    graph.set_args(node, args)
 
 
 def new_rows(e: Emitter, node: Node) -> Lowered:

@@ -15,7 +15,7 @@ from torch import Tensor
 from graphopt.attentions import PACKED
 from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
 from graphopt.backends.tensorrt.flavours import Flavour, listening, load_plugins, logger_of
-from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
+from graphopt.backends.tensorrt.options import Options, lengths_of, nearest_profile, profiles_of
 from graphopt.errors import BackendError, InputError, PipelineError
 from graphopt.execution import bind_dims
 from graphopt.measures import named_sizes
@@ -26,6 +26,7 @@ from graphopt.schemas.manifest import Manifest
 
 PLAN = "model.plan"
 _BY_DATA = "NON_ZERO"  # the kind of layers whose results have sizes that depend on data
+_IN_PLACE = "KV_CACHE_UPDATE"  # of layers that write a cache where it lies
 _RECORDED = 16  # CUDA graphs that are kept, the least recently used one first to go
 
 
@@ -57,7 +58,8 @@ class TensorRtEngine(Engine):
                 hint="load it without cuda_graphs; tokens: compile with target.options: {packed_padding: behind}",
             )
         self.folder, self.flavour, self.options, self.cuda_graphs = folder, flavour, options, cuda_graphs
-        self.profiles = profiles_of(self.inputs, self.dims, options, self.layout)
+        lengths = [] if _IN_PLACE in manifest.report.engine_ops else lengths_of(options, self.layout)
+        self.profiles = profiles_of(self.inputs, self.dims, options, self.layout, lengths)
         self._opened: Opened | None = None
 
     def opened(self) -> Opened:

@@ -24,6 +24,7 @@ PackedPadding = Literal["dropped", "behind"]
 T = TypeVar("T")
 #: The size in profiles that is the length of a static cache's buffers, where they have several.
 CACHE_LENGTH = "cache_length"
+_CACHE_LENGTHS = tuple(256 << shift for shift in range(0, 20, 2))
 _COMMON = 128  # what is expected of a size whose range says nothing else
 
 
@@ -43,9 +44,10 @@ class Options(Schema):
     packed_padding: PackedPadding = "dropped"
     """Where ``remove_padding`` packs tokens: padding is ``dropped``, and sizes depend on the data; or it goes ``behind`` all
     tokens, no size changes, calls can be CUDA graphs, and only attention takes less time."""
-    cache_lengths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    cache_lengths: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """Lengths of a static cache's buffers beside ``max_length``, with profiles of their own: a text is in the shortest ones that
-    hold it, whose steps take less time than those of long ones. For importers without TensorScatter (up to 10.14)."""
+    hold it, and a step takes as long as they are. 256, 1024, 4096 ... up to half of ``max_length`` unless given; none with
+    ``[]``, which builds faster. For importers without TensorScatter (up to 10.14), whose attention reads copies of buffers."""
     split_sums: bool = False
     """Long sums of linears whose results are few tiles in two or four parts (split-K), for the GPU that is here: few at all
     expected sizes, or at a decoder's single tokens. Each part must fit into half precision, which holds up to 65,504, where the
@@ -83,20 +85,22 @@ class Options(Schema):
 
 
 def profiles_of(
-    inputs: Mapping[str, TensorType], dims: Mapping[str, DimRange], options: Options, layout: CacheLayout | None = None
+    inputs: Mapping[str, TensorType],
+    dims: Mapping[str, DimRange],
+    options: Options,
+    layout: CacheLayout | None = None,
+    lengths: Sequence[int] = (),
 ) -> list[Profile]:
     """The profiles of an engine: those that are given, or one for each expected shape and one for all that ``dims`` allows.
     A decoder with a static cache (``layout``) has one for single tokens as well. Of what is given, an engine takes the sizes that
     it has: the encoder of a decoder has fewer.
 
-    Where a cache has buffers of several lengths, each has these profiles as far as it holds them.
+    Where a cache has buffers of several ``lengths``, each has these profiles as far as it holds them.
 
     PipelineError for sizes that are missing, outside of their range, or without a largest number."""
     found = _of_sizes(inputs, dims, options, layout)
-    if not options.cache_lengths or layout is None or not layout.whole:
+    if layout is None or not lengths:
         return found
-    assert layout.max_length is not None
-    lengths = sorted({*options.cache_lengths, layout.max_length})
     return [
         _in_buffers(profile, layout.sequence, length)
         for length in lengths
@@ -109,6 +113,16 @@ def _in_buffers(profile: Profile, sequence: str, length: int) -> Profile:
     """A profile for buffers of one length."""
     low, best, high = profile[sequence]
     return {**profile, sequence: (low, min(best, length), min(high, length)), CACHE_LENGTH: (length, length, length)}
+
+
+def lengths_of(options: Options, layout: CacheLayout | None) -> list[int]:
+    """The lengths of a static cache's buffers, shortest first, where attention reads copies of them; none if they have one."""
+    if layout is None or layout.max_length is None or not layout.whole:
+        return []
+    given: Sequence[int] | None = options.cache_lengths
+    if given is None:
+        given = [length for length in _CACHE_LENGTHS if 2 * length <= layout.max_length]
+    return sorted({*given, layout.max_length}) if given else []
 
 
 def cache_lengths(profiles: Sequence[Profile]) -> list[int]:
