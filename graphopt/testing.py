@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -125,10 +125,9 @@ def _is_cache(name: str) -> bool:
 
 @dataclass
 class ParityRecorder:
-    """The ``parity`` fixture: compares, and keeps what it saw for the summary."""
+    """The ``parity`` fixture: compares, and keeps what it saw with the test's report."""
 
-    test: str
-    seen: list[tuple[str, str, OutputParity]] = field(default_factory=list)
+    test: pytest.Item
 
     def __call__(
         self,
@@ -150,29 +149,35 @@ class ParityRecorder:
             name: tensor for name, tensor in named_outputs(reference).items() if name in given or not _is_cache(name)
         }
         found = assert_parity(expected, result, mask=mask, **limits)
-        self.seen += [(self.test, name, parity) for name, parity in found.items()]
+        self.test.user_properties += [(_SEEN, f"{self.test.name}: {name}: {_told(own)}") for name, own in found.items()]
         return found
 
 
-_RECORDED = pytest.StashKey[list[tuple[str, str, OutputParity]]]()
+#: The property of a test's report that is a line of the summary: reports come from other processes too (pytest-xdist).
+_SEEN = "graphopt parity"
+
+
+def _told(found: OutputParity) -> str:
+    return (
+        f"max abs {found.max_abs:.3g}, relative {found.relative:.3g}, cosine {found.cosine:.7f} "
+        f"({found.compared} values, {found.left_out} left out)"
+    )
 
 
 @pytest.fixture
-def parity(request: pytest.FixtureRequest) -> Iterator[ParityRecorder]:
+def parity(request: pytest.FixtureRequest) -> ParityRecorder:
     """Compare a model with an engine, graph or function: ``parity(model, engine, inputs, max_abs=1e-4)``."""
-    recorder = ParityRecorder(request.node.name)
-    yield recorder
-    request.config.stash.setdefault(_RECORDED, []).extend(recorder.seen)
+    return ParityRecorder(request.node)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line for each comparison that a ``parity`` fixture made."""
-    recorded = config.stash.get(_RECORDED, [])
-    if not recorded:
-        return
-    terminalreporter.write_sep("-", "graphopt parity")
-    for test, name, found in recorded:
-        terminalreporter.write_line(
-            f"{test}: {name}: max abs {found.max_abs:.3g}, relative {found.relative:.3g}, cosine {found.cosine:.7f} "
-            f"({found.compared} values, {found.left_out} left out)"
-        )
+    reports = [
+        report for kind in ("passed", "failed", "xfailed", "xpassed", "skipped")
+        for report in terminalreporter.stats.get(kind, ()) if getattr(report, "when", "") == "call"
+    ]  # fmt: skip
+    lines = [line for report in reports for name, line in report.user_properties if name == _SEEN]
+    if lines:
+        terminalreporter.write_sep("-", "graphopt parity")
+    for line in lines:
+        terminalreporter.write_line(line)

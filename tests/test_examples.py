@@ -29,6 +29,21 @@ def test_parity_example() -> None:
     assert re.search(r"test_engine_is_the_model\[3-21\]: last_hidden_state: max abs \S+, relative \S+", done.stdout)
 
 
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_what_was_compared_is_told_from_other_processes_too(processes: str, tmp_path: Path) -> None:
+    """The failure as well, with what was compared before it."""
+    (tmp_path / "test_it.py").write_text(
+        "import torch\n"
+        "def test_it(parity):\n"
+        "    for off in (0.0, 1.0):\n"
+        "        parity(lambda x: {'y': x}, lambda x: {'y': x + off}, {'x': torch.ones(2)})\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", processes, "test_it.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.count("test_it: y: max abs 0, relative 0, cosine 1.0000000 (2 values, 0 left out)") == 1
+
+
 def test_pipeline_example_is_valid() -> None:
     from graphopt.compiler import read_config
     from graphopt.pipeline import load_passes

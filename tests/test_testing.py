@@ -52,15 +52,15 @@ def test_outputs_of_dataclasses_and_numbers_of_numpy() -> None:
     assert assert_parity(np.float32(1), torch.tensor(1.0))["output"].compared == 1
 
 
-def test_the_fixture_wants_all_outputs_but_those_of_a_cache() -> None:
-    compare, inputs = ParityRecorder("test"), {"x": torch.ones(2)}
+def test_the_fixture_wants_all_outputs_but_those_of_a_cache(parity: ParityRecorder) -> None:
+    inputs = {"x": torch.ones(2)}
 
     def model(x: Tensor) -> dict[str, Tensor]:
         return {"y": x, "z": x + 1, "past_key_values.0": x}
 
-    assert list(compare(model, lambda x: {"y": x, "z": x + 1}, inputs)) == ["y", "z"]
+    assert list(parity(model, lambda x: {"y": x, "z": x + 1}, inputs)) == ["y", "z"]
     with pytest.raises(AssertionError, match="output 'z' is missing"):
-        compare(model, lambda x: {"y": x}, inputs)
+        parity(model, lambda x: {"y": x}, inputs)
 
 
 @pytest.mark.parametrize("dtype", [">f4", "<f4", ">i8", ">f8"])
