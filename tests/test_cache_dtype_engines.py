@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from graphopt.runtime.cache import as_if_uncached, layout_of
 from graphopt.runtime.decoder import Decoder
 from graphopt.sources import transformers_source
 from graphopt.tensors import DimRange, TensorType, Weight
+from tests.folders import shared_folder
 from tests.onnx_helpers import ONNXRUNTIME, emit
 from tests.test_cache_dtype import round_to_int8
 from tests.test_cache_dtype_contracts import (
@@ -277,7 +277,7 @@ TARGET = {"backend": "onnxruntime", "tactics": "fixed", "threads": 1}
 def built(build: str) -> Path:
     """One build for all tests of this file."""
     options, fused = BUILDS[build]
-    folder = Path(tempfile.mkdtemp(prefix="graphopt-dtype-")) / "engine"
+    folder = shared_folder() / "engine"
     graphopt.compile(model(), folder, passes=passes_of(options, fused), target=TARGET, dims=DIMS)
     return folder
 

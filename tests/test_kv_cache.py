@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from graphopt.errors import EngineError, InputError
 from graphopt.runtime.engine import Engine
 from graphopt.runtime.kv_cache import KvCache
 from graphopt.sources import Source
+from tests.folders import shared_folder
 
 LENGTH = 24
 TARGET = {"backend": "onnxruntime", "tactics": "fixed"}
@@ -76,7 +76,7 @@ def decoder(build: str, name: str = "LlamaForCausalLM", logits: str = "all", lon
     ]
     passes.append({"kind": "insert_kv_cache", **options, "logits": logits})
     passes += [{"kind": "fuse_cached_attention"}] if fused else []
-    folder = Path(tempfile.mkdtemp(prefix="graphopt-kv-")) / "engine"
+    folder = shared_folder() / "engine"
     made = graphopt.compile(source, folder, passes=passes, target=TARGET, dims={"sequence": (1, longest)})
     return Decoder(source, made.engine, folder)
 
