@@ -22,6 +22,7 @@ from graphopt.backends.tensorrt.flavours import TENSORRT
 from graphopt.backends.tensorrt.options import Options, Profile
 from graphopt.ir import Graph, types_of
 from graphopt.pipeline import Context, load_passes, run_passes
+from graphopt.runtime.cache import layout_of
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.sources import Source
 from graphopt.tensors import DimRange, TensorType
@@ -43,9 +44,11 @@ class BareEngine(TensorRtEngine):
         dims: Mapping[str, DimRange],
         profiles: list[Profile],
         cuda_graphs: bool,
+        lengths: Sequence[int] = (),
     ) -> None:
         self.folder, self.flavour, self.cuda_graphs = folder, TENSORRT, cuda_graphs
         self.inputs, self.outputs, self.dims, self.profiles = dict(inputs), dict(outputs), dict(dims), profiles
+        self.cache_lengths = list(lengths)
         self._opened = opened_plan(TENSORRT, (folder / PLAN).read_bytes(), folder / PLAN)
 
 
@@ -71,7 +74,8 @@ def engine_of(graph: Graph, folder: Path, cuda_graphs: bool = True, **options: A
     for warning in backend.build(graph, folder).warnings:
         print(f"{folder.name}: {warning}"[:300], flush=True)
     inputs, outputs = map(types_of, (graph.inputs, graph.outputs))
-    return BareEngine(folder, inputs, outputs, graph.dims, backend.profiles(graph), cuda_graphs)
+    lengths = backend.lengths(layout_of(graph))
+    return BareEngine(folder, inputs, outputs, graph.dims, backend.profiles(graph), cuda_graphs, lengths)
 
 
 def engine_of_file(

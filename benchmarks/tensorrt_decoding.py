@@ -17,7 +17,7 @@ from benchmarks.measure import Goal, Results, Table
 from benchmarks.tensorrt_builds import BareEngine, engine_of, graph_of, median_ms, slowest
 from benchmarks.tensorrt_models import HALF, static_cache, with_cache
 from graphopt.backends.tensorrt.device_cache import DeviceCache
-from graphopt.backends.tensorrt.options import CACHE_LENGTH, cache_lengths
+from graphopt.backends.tensorrt.options import CACHE_LENGTH
 from graphopt.runtime import Decoder
 from graphopt.sources import transformers_source
 
@@ -112,7 +112,7 @@ def kernels_of_a_prompt(name: str, engine: BareEngine) -> Table:
 
 def context_of(engine: BareEngine, sequence: int, needed: int) -> Any:
     """The context of ``sequence`` tokens in buffers that hold ``needed`` positions."""
-    lengths = [length for length in cache_lengths(engine.profiles) if length >= needed]
+    lengths = [length for length in engine.cache_lengths if length >= needed]
     return engine.context_for({"batch": 1, "sequence": sequence} | ({CACHE_LENGTH: lengths[0]} if lengths else {}))
 
 

@@ -34,8 +34,8 @@ def no_progress(what: str, share: float) -> None:
 
 @dataclass
 class Built:
-    """What a build left in the folder: sha256 by file name, ops of the engine, tactics taken, things to tell the user, and
-    what kernels the engine has where that can be seen."""
+    """What a build left in the folder: sha256 by file name, ops of the engine, tactics taken, things to tell the user,
+    what kernels the engine has where that can be seen, and the lengths of a static cache's buffers if they have several."""
 
     files: dict[str, str] = field(default_factory=dict)
     weights_digest: str = ""
@@ -43,6 +43,7 @@ class Built:
     tactics: list[TacticReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     kernels: dict[str, int] = field(default_factory=dict)
+    cache_lengths: list[int] = field(default_factory=list)
 
 
 class Backend(ABC):

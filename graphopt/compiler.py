@@ -395,6 +395,7 @@ def _manifest(
         inputs={name: spec_of(value.type) for name, value in graph.inputs.items()},
         outputs={name: spec_of(value.type) for name, value in graph.outputs.items()},
         mask=build.source.mask if build.source.mask in graph.inputs else None,
+        cache_lengths=built.cache_lengths,
         report=report,
         files=built.files,
     )

@@ -287,10 +287,12 @@ class Proof:
         return self.of_call(_call(graph), layout_of(graph), contract, _before(graph))
 
     def of_engine(self, engine: Engine | Callable[..., Outputs], contract: Contract) -> StageParity:
-        """An engine, or anything that is called like one."""
-        layout, prologue = (engine.layout, engine.prologue) if isinstance(engine, Engine) else (None, None)
-        before = None if prologue is None else _named(prologue, prologue.inputs)
-        return self.of_call(_named(engine), layout, contract, before)
+        """An engine, or anything that is called like one; of an engine's several ways the worst."""
+        if not isinstance(engine, Engine):
+            return self.of_call(_named(engine), None, contract)
+        before = None if engine.prologue is None else _named(engine.prologue, engine.prologue.inputs)
+        found = [self.of_call(_named(way), engine.layout, contract, before) for way in engine.ways]
+        return max(found, key=lambda parity: (not parity.holds, parity.worst))
 
     def of_call(
         self, call: Call, layout: CacheLayout | None, contract: Contract, before: Call | None = None

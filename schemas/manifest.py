@@ -33,5 +33,7 @@ class Manifest(Schema):
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     mask: str | None = None
+    cache_lengths: list[int] = Field(default_factory=list)
+    """Of a static cache's buffers, shortest first, where they have several."""
     report: BuildReport = Field(default_factory=BuildReport)
     files: dict[str, str] = Field(default_factory=dict)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import graphopt
 from benchmarks.tensorrt_models import with_cache
@@ -17,8 +19,9 @@ from graphopt.artifact import read_graph
 from graphopt.backends.tensorrt import backend as backends
 from graphopt.backends.tensorrt import flavours
 from graphopt.backends.tensorrt.backend import TensorRtRtxBackend
+from graphopt.backends.tensorrt.device_cache import DeviceCache
 from graphopt.decode_parity import decode_parity
-from graphopt.errors import PipelineError
+from graphopt.errors import ParityError, PipelineError
 from graphopt.ir import Graph
 from graphopt.pipeline import Pass
 from graphopt.runtime import Decoder
@@ -67,9 +70,11 @@ def decoder(
 ) -> graphopt.Compiled:  # fmt: skip
     """``options`` are insert_kv_cache's."""
     own = {"compute_capabilities": ["8.9"], "optimization_level": 0, "cache_lengths": cache_lengths}
+    cache = LAYOUTS[layout] | options
     return graphopt.compile(
-        model(name), folder, passes=[*with_cache(**LAYOUTS[layout], **options), *steps],
-        target={"backend": "tensorrt_rtx", "options": own}, dims={"batch": (1, 4), "sequence": (1, LENGTH)},
+        model(name), folder, passes=[*with_cache(**cache), *steps],
+        target={"backend": "tensorrt_rtx", "options": own},
+        dims={"batch": (1, 4), "sequence": (1, cache.get("max_length", LENGTH))},
         instruments=[watch] if watch else [],
     )  # fmt: skip
 
@@ -192,14 +197,13 @@ def old_importer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "parsed_ops", lambda flavour: lambda op: op not in flavours._SINCE)
 
 
-def with_lengths(name: str, layout: str, folder: Path, *steps: dict[str, Any]) -> Engine:
+def with_lengths(name: str, layout: str, folder: Path, lengths: tuple[int, ...] = (9, 4), **options: Any) -> Engine:
     """The stand-in of an engine whose buffers have 4, 9 or all 24 positions."""
     watch = Last()
-    made = decoder(name, layout, folder, *steps, watch=watch, cache_lengths=(9, 4))
+    made = decoder(name, layout, folder, watch=watch, cache_lengths=lengths, **options)
     assert made.report.emitted is not None
     assert made.report.emitted.holds
-    options = {"cache_lengths": (9, 4)}
-    backend = TensorRtRtxBackend(TargetConfig(backend="tensorrt_rtx", options=options))
+    backend = TensorRtRtxBackend(TargetConfig(backend="tensorrt_rtx", options={"cache_lengths": lengths}))
     found = backend.stand_in(watch.graph, made.engine)
     assert found is not None
     return found
@@ -252,6 +256,41 @@ def test_a_whole_cache_may_be_any_of_the_lengths(tmp_path: Path) -> None:
     texts = Decoder(engine, 1)
     torch.testing.assert_close(texts.feed([[5, 6, 7]]), results["logits"][:, 0], atol=1e-5, rtol=1e-5)
     assert {tensor.shape[2] for tensor in texts.cache.tensors.values()} == {4}
+
+
+@pytest.mark.usefixtures("old_importer")
+def test_the_proof_runs_in_buffers_of_all_lengths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fault in the shortest ones alone is found."""
+    put = DeviceCache.put
+
+    def wrong(cache: DeviceCache, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        results = put(cache, feeds)
+        is_short = cache.tensors[cache.layout.whole[0]].shape[2] == 4
+        return {name: tensor * 1.01 if is_short else tensor for name, tensor in results.items()}
+
+    made = decoder("LlamaForCausalLM", "static", tmp_path / "right", cache_lengths=(9, 4))
+    assert made.manifest.cache_lengths == made.engine.manifest.cache_lengths == [4, 9, LENGTH]
+    monkeypatch.setattr(DeviceCache, "put", wrong)
+    with pytest.raises(ParityError, match="the emitted model"):
+        decoder("LlamaForCausalLM", "static", tmp_path / "e", cache_lengths=(9, 4))
+
+
+@pytest.mark.usefixtures("old_importer")
+def test_only_positions_are_cut(tmp_path: Path) -> None:
+    """Sinks are as many as heads, here as many as positions."""
+    engine = with_lengths("GptOssForCausalLM", "static", tmp_path / "e", lengths=(2,), max_length=4)
+    texts = Decoder(engine, 1)
+    logits = [texts.feed([[token]]) for token in (5, 6, 7)]
+    with torch.no_grad():
+        whole = model("GptOssForCausalLM").module(input_ids=torch.tensor([[5, 6, 7]])).logits
+    torch.testing.assert_close(torch.stack(logits, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_size_may_have_a_name_like_theirs(tmp_path: Path) -> None:
+    made = decoder("LlamaForCausalLM", "growing", tmp_path / "e", past="cache_length")
+    assert made.report.emitted is not None
+    assert made.report.emitted.holds
+    assert made.manifest.cache_lengths == []
 
 
 @pytest.mark.parametrize(

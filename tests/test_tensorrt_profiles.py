@@ -9,9 +9,9 @@ import pytest
 
 from graphopt.backends.tensorrt.backend import TensorRtBackend, TensorRtRtxBackend
 from graphopt.backends.tensorrt.options import (
+    CACHE_LENGTH,
     Options,
     Profile,
-    cache_lengths,
     hole_in,
     lengths_of,
     most_run,
@@ -124,7 +124,7 @@ def test_buffers_of_several_lengths_have_profiles_of_their_own() -> None:
     options = Options(cache_lengths=(32, 8), shapes=({"batch": 4, "sequence": 16},))
     lengths = lengths_of(options, layout)
     made = profiles_of(types_of(graph.inputs), graph.dims, options, layout, lengths)
-    found = [(each["batch"], each["sequence"], each["cache_length"]) for each in made]
+    found = [(each["batch"], each["sequence"], each[CACHE_LENGTH]) for each in made]
     step, any_batch, four = (1, 1, 1), (1, 1, 4), (4, 4, 4)
     assert found == [
         (any_batch, step, (8, 8, 8)), (any_batch, (1, 8, 8), (8, 8, 8)),
@@ -132,9 +132,9 @@ def test_buffers_of_several_lengths_have_profiles_of_their_own() -> None:
         (four, (16, 16, 16), (64, 64, 64)), (any_batch, step, (64, 64, 64)), (any_batch, (1, 64, 64), (64, 64, 64)),
     ]  # fmt: skip
     assert hole_in(graph.dims, made, layout) is None
-    assert cache_lengths(made) == lengths == [8, 32, 64]
+    assert lengths == [8, 32, 64]
     sizes = {"batch": 1, "sequence": 1}
-    assert [nearest_profile(made, {**sizes, "cache_length": length}) for length in (8, 9, 32, 64)] == [0, None, 3, 6]
+    assert [nearest_profile(made, {**sizes, CACHE_LENGTH: length}) for length in (8, 9, 32, 64)] == [0, None, 3, 6]
 
 
 @pytest.mark.parametrize(

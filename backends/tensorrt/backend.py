@@ -111,10 +111,10 @@ class TensorRtBackend(Backend):
     def _with_lengths(self, graph: Graph) -> Graph:
         """The graph with buffers that may have any of several lengths. (A decoder's encoder has no buffers.)"""
         layout = layout_of(graph)
-        return of_any_length(graph, layout) if layout is not None and self._lengths(layout) else graph
+        return of_any_length(graph, layout) if layout is not None and self.lengths(layout) else graph
 
-    def _lengths(self, layout: CacheLayout | None) -> list[int]:
-        """Of a static cache's buffers, where they have several."""
+    def lengths(self, layout: CacheLayout | None) -> list[int]:
+        """Of a static cache's buffers, shortest first, where they have several."""
         return [] if parsed_ops(self.flavour)("TensorScatter") else lengths_of(self.options, layout)
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
@@ -155,12 +155,13 @@ class TensorRtBackend(Backend):
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
         if kernels:
             warnings += check_kernels(kernels, _asked(graph, emitter), self.options.sparse_weights)
-        return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels)
+        lengths = self.lengths(layout_of(graph))
+        return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels, lengths)
 
     def profiles(self, graph: Graph) -> list[Profile]:
         """What ``target.options`` and the graph's dims ask an engine to be built for."""
         layout = layout_of(graph)
-        return profiles_of(types_of(graph.inputs), graph.dims, self.options, layout, self._lengths(layout))
+        return profiles_of(types_of(graph.inputs), graph.dims, self.options, layout, self.lengths(layout))
 
     def _widened(self, graph: Graph, profiles: list[Profile]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
         """The profiles, expecting two rows of products that faults need two of; and where those are."""

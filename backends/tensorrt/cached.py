@@ -24,6 +24,8 @@ from graphopt.ir import Graph, Node, Value
 from graphopt.runtime.cache import CacheLayout
 from graphopt.tensors import DimRange, TensorType
 
+#: What of an attention has a last axis of positions.
+_OF_POSITIONS = ("bias", "key_mask", "segments", "prefix")
 #: What to do about ops between a cache and its attention.
 _REMEDIES = {
     "aten.to.dtype": "insert_kv_cache: dtype: fp16, where cast comes later",
@@ -36,21 +38,22 @@ def of_any_length(graph: Graph, layout: CacheLayout) -> Graph:
 
     ::
 
-        input %past: f16[B, H, 2304, D]                     dim cache_length in [1, 2304]
-        %y = graphopt.attention(k=..., bias=%all)    ->     input %past: f16[B, H, cache_length, D]
-                                                            %near = aten.slice(self=%all, dim=-1, start=0, end=cache_length)
+        input %past: f16[B, H, 2304, D]                     dim cache.length in [1, 2304]
+        %y = graphopt.attention(k=..., bias=%all)    ->     input %past: f16[B, H, cache.length, D]
+                                                            %near = aten.slice(self=%all, dim=-1, start=0, end=cache.length)
                                                             %y = graphopt.attention(k=..., bias=%near)
     """
     assert layout.max_length is not None
     made = graph.clone()
     made.dims[CACHE_LENGTH] = DimRange(1, layout.max_length)
     whole = {made.inputs[name] for name in layout.whole}
+    near: dict[Value, Value] = {}
     for node in made.nodes:
         if node.op == "graphopt.kv_cache_update.default" and node.args["cache"] in whole:
             node.output.type = open_type(node.output.type)
             whole.add(node.output)
         elif node.op == "graphopt.attention.default" and node.args["k"] in whole:
-            _take_near(made, node, layout.max_length)
+            _take_near(made, node, layout.max_length, near)
     for name in layout.whole:
         made.inputs[name].type = open_type(made.inputs[name].type)
     return made
@@ -62,13 +65,16 @@ def open_type(buffer: TensorType) -> TensorType:
     return TensorType(buffer.dtype, (batch, heads, Dim.named(CACHE_LENGTH), size))
 
 
-def _take_near(graph: Graph, node: Node, length: int) -> None:
-    """Let an attention read as many of ``length`` positions as its buffers have."""
+def _take_near(graph: Graph, node: Node, length: int, near: dict[Value, Value]) -> None:
+    """Let an attention read as many of ``length`` positions as its buffers have; ``near``: what was cut before."""
     args = dict(node.args)
-    for name, value in node.args.items():
-        if isinstance(value, Value) and name not in ("q", "k", "v") and value.type.shape[-1:] == (length,):
-            part = {"self": value, "dim": len(value.type.shape) - 1, "start": 0, "end": Dim.named(CACHE_LENGTH)}
-            args[name] = graph.insert("aten.slice.Tensor", part, before=node, origin=node.origin).output
+    for name in _OF_POSITIONS:
+        value = args[name]
+        if value is not None and value.type.shape[-1:] == (length,):
+            if value not in near:
+                part = {"self": value, "dim": len(value.type.shape) - 1, "start": 0, "end": Dim.named(CACHE_LENGTH)}
+                near[value] = graph.insert("aten.slice.Tensor", part, before=node, origin=node.origin).output
+            args[name] = near[value]
     graph.set_args(node, args)
 
 

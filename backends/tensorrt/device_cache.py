@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.backends.tensorrt.cached import open_type
-from graphopt.backends.tensorrt.options import CACHE_LENGTH, cache_lengths
+from graphopt.backends.tensorrt.options import CACHE_LENGTH
 from graphopt.execution import bind_dims
 from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout, window_length
 from graphopt.runtime.engine import signature
@@ -80,6 +80,13 @@ class _Stack:
         count, batch, heads, _, size = self.buffers.shape
         return self.buffers.new_empty(count, batch, heads, width, size)
 
+    def longer(self, length: int) -> _Stack:
+        """With room for ``length`` positions."""
+        count, batch, heads, own, size = self.buffers.shape
+        made = self.buffers.new_zeros(count, batch, heads, length, size)
+        made[:, :, :, :own] = self.buffers
+        return _Stack(self.names, made)
+
     def write(self, rows: Tensor, starts: Tensor) -> None:
         """``rows`` ``[n, B, H, S, D]`` behind the first ``starts`` ``[B]`` positions."""
         places = starts[:, None] + torch.arange(rows.shape[3], device=starts.device)
@@ -94,7 +101,7 @@ class DeviceCache(KvCache):
     lengths: Sequence[int]
 
     def __init__(self, engine: TensorRtEngine, layout: CacheLayout, batch: int, once: Mapping[str, Tensor]) -> None:
-        self.device, self.lengths = engine.device, cache_lengths(engine.profiles)
+        self.device, self.lengths = engine.device, engine.cache_lengths
         self.gives_rows = layout.max_length is not None and engine.gives_new_rows(layout)
         self.recorded: Recorded | None = None
         super().__init__(engine, layout, batch, {name: tensor.to(self.device) for name, tensor in once.items()})
@@ -104,29 +111,45 @@ class DeviceCache(KvCache):
 
     def with_room(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self.lengths:
-            width = feeds[self.layout.tokens[0]].shape[1]
-            self._grow(int(feeds[PAST_LENGTHS].max()) + width)
+            self._grow(self._fitting(feeds))
         return super().with_room(feeds)
 
-    def _grow(self, needed: int) -> None:
-        """Let the buffers be the shortest ones that hold ``needed`` positions, if those they are do not."""
-        own = self.tensors[self.layout.whole[0]].shape[2]
-        if needed <= own:
-            return
-        length = next(length for length in self.lengths if length >= needed)
-        longer = self.layout.empty(self.batch, self.device, length)
-        for name, buffer in longer.items():
-            buffer[:, :, : self.tensors[name].shape[2]] = self.tensors[name]
-        self.hold(longer)
+    def _fitting(self, feeds: Mapping[str, Tensor], least: int = 0) -> int:
+        """The shortest length that holds the texts after a step, and ``least`` positions."""
+        needed = int(feeds[PAST_LENGTHS].max()) + feeds[self.layout.tokens[0]].shape[1]
+        return next(length for length in self.lengths if length >= max(needed, least))
+
+    def _grow(self, length: int) -> None:
+        """Let the buffers have so many positions, if they have fewer."""
+        if self.tensors[self.layout.whole[0]].shape[2] < length:
+            whole = set(self.layout.whole)
+            self._keep([stack.longer(length) if stack.names[0] in whole else stack for stack in self._stacks])
+
+    def call_once(self, tensors: Mapping[str, Tensor], least: int = 0) -> dict[str, Tensor]:
+        """In buffers as short as a text's would be, but of ``least`` positions; those behind them stay as they are given."""
+        if not self.lengths:
+            return super().call_once(tensors)
+        length = self._fitting(tensors, least)
+        results = super().call_once(dict(tensors) | {name: tensors[name][:, :, :length] for name in self.layout.whole})
+        for name in self.layout.whole:
+            present = self.layout.names[name]
+            results[present] = torch.cat([results[present], tensors[name][:, :, length:].cpu()], 2)
+        return results
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
-        self.recorded = None
-        alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+        alike: dict[tuple[torch.Size, torch.dtype, bool], list[str]] = {}
         for name, tensor in tensors.items() if self.gives_rows else ():
-            alike.setdefault((tensor.shape, tensor.dtype), []).append(name)
-        self._stacks = [_Stack(names, torch.stack([tensors[name] for name in names])) for names in alike.values()]
-        own = {name: buffer for stack in self._stacks for name, buffer in zip(stack.names, stack.buffers, strict=True)}
-        super().hold(own or tensors)
+            alike.setdefault((tensor.shape, tensor.dtype, name in self.layout.whole), []).append(name)
+        stacks = [_Stack(names, torch.stack([tensors[name] for name in names])) for names in alike.values()]
+        self._keep(stacks, {} if stacks else tensors)
+
+    def _keep(self, stacks: list[_Stack], others: Mapping[str, Tensor] | None = None) -> None:
+        """Let these be the cache: what was recorded was of others."""
+        self.recorded, self._stacks = None, stacks
+        super().hold(
+            {name: buffer for stack in stacks for name, buffer in zip(stack.names, stack.buffers, strict=True)}
+            | dict(others or {})
+        )
 
     def _step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         width = feeds[self.layout.tokens[0]].shape[1]

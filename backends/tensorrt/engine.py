@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from graphopt.attentions import PACKED
 from graphopt.backends.tensorrt.device_cache import DeviceCache, Recorded, record
 from graphopt.backends.tensorrt.flavours import Flavour, listening, load_plugins, logger_of
-from graphopt.backends.tensorrt.options import Options, lengths_of, nearest_profile, profiles_of
+from graphopt.backends.tensorrt.options import Options, nearest_profile, profiles_of
 from graphopt.errors import BackendError, InputError, PipelineError
 from graphopt.execution import bind_dims
 from graphopt.measures import named_sizes
@@ -26,7 +27,6 @@ from graphopt.schemas.manifest import Manifest
 
 PLAN = "model.plan"
 _BY_DATA = "NON_ZERO"  # the kind of layers whose results have sizes that depend on data
-_IN_PLACE = "KV_CACHE_UPDATE"  # of layers that write a cache where it lies
 _RECORDED = 16  # CUDA graphs that are kept, the least recently used one first to go
 
 
@@ -58,8 +58,8 @@ class TensorRtEngine(Engine):
                 hint="load it without cuda_graphs; tokens: compile with target.options: {packed_padding: behind}",
             )
         self.folder, self.flavour, self.options, self.cuda_graphs = folder, flavour, options, cuda_graphs
-        lengths = [] if _IN_PLACE in manifest.report.engine_ops else lengths_of(options, self.layout)
-        self.profiles = profiles_of(self.inputs, self.dims, options, self.layout, lengths)
+        self.cache_lengths = manifest.cache_lengths
+        self.profiles = profiles_of(self.inputs, self.dims, options, self.layout, self.cache_lengths)
         self._opened: Opened | None = None
 
     def opened(self) -> Opened:
@@ -86,15 +86,24 @@ class TensorRtEngine(Engine):
         """BackendError if the engine cannot run here."""
         self.opened()
 
+    @property
+    def ways(self) -> Sequence[Callable[..., dict[str, Any]]]:
+        """One for each length that buffers may have."""
+        return [functools.partial(self._on_cache, least=length) for length in self.cache_lengths] or [self]
+
+    def _on_cache(self, least: int = 0, **tensors: Any) -> dict[str, Any]:
+        """A call with a static cache that is given; in buffers of ``least`` positions or more. Results on the CPU."""
+        given = {name: tensor if isinstance(tensor, Tensor) else to_torch(tensor) for name, tensor in tensors.items()}
+        layout = self.cache_layout
+        cache = DeviceCache(self, layout, len(given[PAST_LENGTHS]), {})
+        results: dict[str, Any] = cache.call_once(given, least)
+        return {name: results[name] for name in self.outputs}
+
     def run(self, tensors: Mapping[str, Any], as_torch: bool) -> dict[str, Any]:
         self.check_device()
-        layout = self.layout
-        if layout is not None and layout.max_length is not None:
-            given = {
-                name: tensor if isinstance(tensor, Tensor) else to_torch(tensor) for name, tensor in tensors.items()
-            }
-            results = DeviceCache(self, layout, len(given[PAST_LENGTHS]), {}).call_once(given)
-            return {name: results[name] if as_torch else results[name].numpy() for name in self.outputs}
+        if self.layout is not None and self.layout.max_length is not None:
+            results = self._on_cache(**tensors)
+            return results if as_torch else {name: tensor.numpy() for name, tensor in results.items()}
         on_device = any(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors.values())
         env = bind_dims(self.inputs, self.dims, {name: signature(name, tensor) for name, tensor in tensors.items()})
         feeds = {name: self.on_device(tensor) for name, tensor in tensors.items()}

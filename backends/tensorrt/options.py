@@ -22,8 +22,8 @@ Capability = Literal["7.5", "8.0", "8.6", "8.9", "12.0"]
 Accumulate = Literal["fp32", "long", "fastest"]
 PackedPadding = Literal["dropped", "behind"]
 T = TypeVar("T")
-#: The size in profiles that is the length of a static cache's buffers, where they have several.
-CACHE_LENGTH = "cache_length"
+#: The size in profiles that is the length of a static cache's buffers, where they have several. (No dim has such a name.)
+CACHE_LENGTH = "cache.length"
 _CACHE_LENGTHS = tuple(256 << shift for shift in range(0, 20, 2))
 _COMMON = 128  # what is expected of a size whose range says nothing else
 
@@ -34,7 +34,7 @@ class Options(Schema):
     shapes: tuple[dict[str, int], ...] = ()
     """Sizes that are expected, by the names of dims: each gets a profile of its own, beside one for all that ``dims`` allows."""
     profiles: tuple[dict[str, tuple[int, int, int]], ...] | None = None
-    """The profiles themselves: smallest, expected and largest size of each dim."""
+    """The profiles themselves: smallest, expected and largest size of each dim (for each of ``cache_lengths``)."""
     workspace: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     """The most scratch memory that a kernel may take, in MiB."""
     accumulate: Accumulate = "long"
@@ -45,9 +45,10 @@ class Options(Schema):
     """Where ``remove_padding`` packs tokens: padding is ``dropped``, and sizes depend on the data; or it goes ``behind`` all
     tokens, no size changes, calls can be CUDA graphs, and only attention takes less time."""
     cache_lengths: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """Lengths of a static cache's buffers beside ``max_length``, with profiles of their own: a text is in the shortest ones that
-    hold it, and a step takes as long as they are. 256, 1024, 4096 ... up to half of ``max_length`` unless given; none with
-    ``[]``, which builds faster. For importers without TensorScatter (up to 10.14), whose attention reads copies of buffers."""
+    """Lengths of a static cache's buffers beside ``max_length``, each with all profiles: a batch begins in the shortest that hold
+    its texts, moves to longer ones when they grow, and a step takes as long as buffers are. 256, 1024, 4096 ... up to half of
+    ``max_length`` unless given; none with ``[]``, which builds faster. For importers without TensorScatter (up to 10.14), whose
+    attention reads copies of buffers."""
     split_sums: bool = False
     """Long sums of linears whose results are few tiles in two or four parts (split-K), for the GPU that is here: few at all
     expected sizes, or at a decoder's single tokens. Each part must fit into half precision, which holds up to 65,504, where the
@@ -101,12 +102,12 @@ def profiles_of(
     found = _of_sizes(inputs, dims, options, layout)
     if layout is None or not lengths:
         return found
-    return [
-        _in_buffers(profile, layout.sequence, length)
-        for length in lengths
-        for profile in found
-        if profile[layout.sequence][0] <= length
-    ]
+    made: list[Profile] = []
+    for length, profile in itertools.product(lengths, found):
+        if profile[layout.sequence][0] <= length:
+            own = _in_buffers(profile, layout.sequence, length)
+            made += [own] if own not in made else []
+    return made
 
 
 def _in_buffers(profile: Profile, sequence: str, length: int) -> Profile:
@@ -123,11 +124,6 @@ def lengths_of(options: Options, layout: CacheLayout | None) -> list[int]:
     if given is None:
         given = [length for length in _CACHE_LENGTHS if 2 * length <= layout.max_length]
     return sorted({*given, layout.max_length}) if given else []
-
-
-def cache_lengths(profiles: Sequence[Profile]) -> list[int]:
-    """The lengths of buffers that profiles are for, where there are several: shortest first."""
-    return sorted({profile[CACHE_LENGTH][1] for profile in profiles if CACHE_LENGTH in profile})
 
 
 def _of_sizes(
