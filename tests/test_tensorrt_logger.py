@@ -24,6 +24,8 @@ class TalkingLibrary:
 
     __version__ = "11.0"
 
+    ExecutionContextAllocationStrategy = Enum("ExecutionContextAllocationStrategy", ["STATIC", "ON_PROFILE_CHANGE"])
+
     class ILogger:
         Severity = Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
 
@@ -120,6 +122,25 @@ def test_what_is_said_in_a_run_that_succeeds_is_shown(monkeypatch: pytest.Monkey
     assert engine_that("", True, monkeypatch).enqueue({}, {}, {}) == {}
 
 
+@pytest.mark.parametrize("is_made", [False, True], ids=["no context", "no room for the profile"])
+def test_a_context_that_cannot_be_made_says_what_it_needs(is_made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own profile's scratch memory."""
+
+    class Plan:
+        def create_execution_context(self, strategy: object) -> object:
+            assert strategy == TalkingLibrary.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+            say("out of memory")
+            return SimpleNamespace(set_optimization_profile_async=lambda index, stream: False) if is_made else None
+
+        def get_device_memory_size_for_profile_v2(self, index: int) -> int:
+            return (index + 5) << 20
+
+    engine = engine_that("", True, monkeypatch)
+    engine._opened = Opened(TalkingLibrary, Plan(), None)
+    with pytest.raises(BackendError, match="makes no context, which needs 5 MiB: out of memory"):
+        engine.enqueue({}, {}, {})
+
+
 def engine_that(says: str, is_done: bool, monkeypatch: pytest.MonkeyPatch) -> TensorRtEngine:
     class Context:
         def execute_async_v3(self, stream: int) -> bool:
@@ -129,7 +150,7 @@ def engine_that(says: str, is_done: bool, monkeypatch: pytest.MonkeyPatch) -> Te
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     report = SimpleNamespace(engine_ops={}, final_ops={})
-    manifest = cast(Manifest, SimpleNamespace(inputs={}, outputs={}, dims={}, report=report))
+    manifest = cast(Manifest, SimpleNamespace(inputs={}, outputs={}, dims={}, cache_lengths=[], report=report))
     engine = TensorRtEngine(Path(), manifest, flavours.TENSORRT, Options())
     engine._opened = Opened(TalkingLibrary, None, None, {(0, threading.get_ident()): Context()})
     return engine

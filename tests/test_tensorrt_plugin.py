@@ -307,7 +307,9 @@ def test_plugins_are_loaded_where_an_engine_has_one(monkeypatch: pytest.MonkeyPa
             TensorRtBackend(TargetConfig(backend="tensorrt")).build(graph, tmp_path)
     monkeypatch.setattr(engines, "unrunnable", lambda flavour: None)
     for ops in ({}, {"graphopt.packed_attention.default": 1}):
-        manifest = SimpleNamespace(inputs={}, outputs={}, dims={}, report=SimpleNamespace(engine_ops={}, final_ops=ops))
+        manifest = SimpleNamespace(
+            inputs={}, outputs={}, dims={}, cache_lengths=[], report=SimpleNamespace(engine_ops={}, final_ops=ops)
+        )
         with pytest.raises(FileNotFoundError):
             TensorRtEngine(tmp_path, cast(Manifest, manifest), flavours.TENSORRT, Options()).opened()
     assert loaded == ["built", "opened"]
@@ -315,7 +317,7 @@ def test_plugins_are_loaded_where_an_engine_has_one(monkeypatch: pytest.MonkeyPa
 
 def test_calls_whose_sizes_depend_on_data_are_not_recorded() -> None:
     report = SimpleNamespace(engine_ops={"NON_ZERO": 1})
-    manifest = cast(Manifest, SimpleNamespace(inputs={}, outputs={}, dims={}, report=report))
+    manifest = cast(Manifest, SimpleNamespace(inputs={}, outputs={}, dims={}, cache_lengths=[], report=report))
     folder = cast(Any, "engine")
     with pytest.raises(PipelineError, match="its calls cannot be recorded"):
         TensorRtEngine(folder, manifest, flavours.TENSORRT, Options(), cuda_graphs=True)
