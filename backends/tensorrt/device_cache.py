@@ -13,7 +13,7 @@ from torch import Tensor
 from graphopt.backends.tensorrt.cached import open_type
 from graphopt.backends.tensorrt.options import CACHE_LENGTH
 from graphopt.execution import bind_dims
-from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout, window_length
+from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout
 from graphopt.runtime.engine import signature
 from graphopt.runtime.kv_cache import KvCache
 from graphopt.tensors import DimRange
@@ -192,6 +192,6 @@ class DeviceCache(KvCache):
 
     def _starts(self, stack: _Stack, feeds: Mapping[str, Tensor]) -> Tensor:
         """Where the new rows of each text go."""
-        starts, window = feeds[PAST_LENGTHS], self.layout.window
-        is_window = window is not None and stack.buffers.shape[3] == window_length(window)
+        starts = feeds[PAST_LENGTHS]
+        is_window = self.layout.window is not None and stack.names[0] not in self.layout.whole
         return starts - feeds[PAST_EVICTED] if is_window else starts

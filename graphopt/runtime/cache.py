@@ -173,8 +173,8 @@ def make_room(
         return evicted
     dropped = (used - (layout.window - 1)).clamp(min=0)
     index = (torch.arange(length) + dropped[:, None]).clamp(max=length - 1)
-    for tensor in tensors.values():
-        if tensor.shape[2] == length:
+    for name, tensor in tensors.items():
+        if name not in layout.whole:
             tensor.copy_(take(tensor, index.to(tensor.device), 2))
     return evicted + dropped
 
