@@ -141,9 +141,17 @@ def test_sums_of_either_kind_build(accumulate: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(unrunnable(RTX) is None, reason="there is a GPU whose processors can be counted")
-def test_sums_are_split_for_a_gpu_that_is_here(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="split_sums counts the processors of the GPU"):
-        compiled(bert(), tmp_path / "e", {"kind": "cast"}, options={"split_sums": True})
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("split_sums", "split_sums counts the processors of the GPU"),
+        ("refit", "tensorrt_rtx compiles engines with refit on the GPU"),
+    ],
+)
+def test_options_that_need_the_gpu_at_the_build(option: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=reason) as error:
+        compiled(bert(), tmp_path / "e", {"kind": "cast"}, options={option: True})
+    assert error.value.where == f"target.options.{option}"
     assert not (tmp_path / "e").exists()
 
 

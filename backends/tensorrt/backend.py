@@ -118,12 +118,7 @@ class TensorRtBackend(Backend):
         return [] if parsed_ops(self.flavour)("TensorScatter") else lengths_of(self.options, layout)
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
-        if self.options.split_sums and self.unrunnable() is not None:
-            raise PipelineError(
-                f"split_sums counts the processors of the GPU: {self.unrunnable()}",
-                where="target.options.split_sums",
-                hint="leave it out, or build on the device",
-            )
+        self._check_device()
         asked = self.profiles(graph)
         trt = self.flavour.module()  # before anything is written
         profiles, widened = self._widened(graph, asked)
@@ -157,6 +152,17 @@ class TensorRtBackend(Backend):
             warnings += check_kernels(kernels, _asked(graph, emitter), self.options.sparse_weights)
         lengths = self.lengths(layout_of(graph))
         return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels, lengths)
+
+    def _check_device(self) -> None:
+        """PipelineError where options need the device at the build, and it is not here."""
+        needs = {"split_sums": "split_sums counts the processors of the GPU"}
+        if self.flavour.builds_without_gpu:
+            needs["refit"] = f"{self.name} compiles engines with refit on the GPU"
+        reason = self.unrunnable()
+        for name, why in needs.items():
+            if reason is not None and getattr(self.options, name):
+                where = f"target.options.{name}"
+                raise PipelineError(f"{why}: {reason}", where=where, hint="leave it out, or build on the device")
 
     def profiles(self, graph: Graph) -> list[Profile]:
         """What ``target.options`` and the graph's dims ask an engine to be built for."""
