@@ -69,9 +69,23 @@ def _infer(op: str, args: Mapping[str, Any]) -> tuple[TensorType, ...]:
     if shapes.replacements:
         equal = "; ".join(f"{meaning.get(str(a), a)} == {b}" for a, b in shapes.replacements.items())
         raise GraphError(f"{op} works only at sizes where {equal}", hint="the operands' shapes do not fit in general")
-    return tuple(
+    found = tuple(
         TensorType(result.dtype, tuple(size_from_torch(size, meaning) for size in result.shape)) for result in results
     )
+    return (_cut(args, found[0]),) if op == "aten.slice.Tensor" else found
+
+
+def _cut(args: Mapping[str, Any], found: TensorType) -> TensorType:
+    """A slice of a table up to a named size, which the table holds: the hint of that size is larger than tables are."""
+    source, axis, end = args["self"], args["dim"], args["end"]
+    is_table = isinstance(source, Value) and isinstance(source.type.shape[axis], int)
+    if not (is_table and isinstance(end, Dim) and args["start"] in (0, None)):
+        return found
+    if args["step"] != 1 or not isinstance(found.shape[axis], int):
+        return found
+    shape = list(found.shape)
+    shape[axis] = end
+    return TensorType(found.dtype, tuple(shape))
 
 
 def rederive(op: str, args: Mapping[str, Any], env: Mapping[str, int]) -> tuple[TensorType, ...]:

@@ -133,6 +133,7 @@ def judge(
         ProbeParity(sizes=probe.sizes, outputs=compare(reference, candidate, probe.mask))
         for probe, reference, candidate in zip(probes, references, candidates, strict=True)
     ]
+    _refuse_nothing(parts)
     if isinstance(contract, Exact):
         return _judge_exact(contract, references, parts)
     metric, limit = contract.metric, contract.limit
@@ -150,6 +151,16 @@ def judge(
         contract=describe(contract), metric=metric, worst=worst, limit=limit, probes=parts,
         holds=worst >= limit if higher else worst <= limit,
     )  # fmt: skip
+
+
+def _refuse_nothing(parts: list[ProbeParity]) -> None:
+    """ParityError where an output is compared nowhere."""
+    for name in dict.fromkeys(name for part in parts for name in part.outputs):
+        own = [part.outputs[name] for part in parts if name in part.outputs]
+        if sum(output.left_out for output in own) and not any(output.compared for output in own):
+            raise ParityError(
+                f"the mask leaves out all of output {name!r}", hint="is it 1 where there is padding? mask: 1 for tokens"
+            )
 
 
 def _judge_exact(contract: Exact, references: Sequence[Outputs], parts: list[ProbeParity]) -> StageParity:

@@ -67,8 +67,14 @@ def _sample(
 
 
 def is_mask(name: str, example: Tensor) -> bool:
-    """Whether an input is a padding mask: two axes, named a mask, nothing but zeros and ones."""
-    return "mask" in name and example.ndim == 2 and not bool(((example != 0) & (example != 1)).any())
+    """Whether an input is a padding mask: two axes, named a mask, nothing but zeros and ones. (Not torch's
+    ``key_padding_mask``, which is True where there is padding.)"""
+    return (
+        "mask" in name
+        and "key_padding_mask" not in name
+        and example.ndim == 2
+        and not bool(((example != 0) & (example != 1)).any())
+    )
 
 
 def ragged_mask(shape: tuple[int, ...], generator: torch.Generator, left: bool = True) -> Tensor:

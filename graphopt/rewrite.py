@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt import operators
-from graphopt.dims import Size
+from graphopt.dims import Dim, Size
 from graphopt.errors import RewriteError
 from graphopt.ir import Graph, Node, Value
 from graphopt.patterns import Found, Item, Ops, holes_of, match, root_packets, watching
-from graphopt.tensors import Weight
+from graphopt.tensors import TensorType, Weight
 
 
 class Refusal(Exception):
@@ -317,11 +317,25 @@ class _Rewriter:
         for old, value in zip(roots, new, strict=True):
             if not isinstance(value, Value):
                 raise RewriteError(f"{rule.name} replaces {old!r} by {value!r}", where=where)
+            if _may_be_equal(old.type, value.type):
+                raise Refusal(f"{old.type} and {value.type} are not known to be the same sizes")
             if old.type != value.type:
                 raise RewriteError(f"{rule.name} replaces {old!r} by {value!r}: the types differ", where=where)
         for made in build.made:
             if any(operand in roots for operand in made.operands):
                 raise RewriteError(f"{rule.name} makes {made.op} of a value that it replaces", where=where)
+
+
+def _may_be_equal(one: TensorType, other: TensorType) -> bool:
+    """Whether types differ in sizes alone that are written in different ways, and may be the same numbers."""
+    if one.dtype != other.dtype or len(one.shape) != len(other.shape):
+        return False
+    differing = [pair for pair in zip(one.shape, other.shape, strict=True) if pair[0] != pair[1]]
+    return bool(differing) and all(any(_is_expression(size) for size in pair) for pair in differing)
+
+
+def _is_expression(size: Size) -> bool:
+    return isinstance(size, Dim) and size.name is None
 
 
 def _origin_of(roots: tuple[Value, ...], label: str) -> tuple[str, ...]:

@@ -213,6 +213,8 @@ class _Importer:
         self.meaning: dict[str, Size] = {}
         self._weights: dict[Any, Value] = {}
         placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+        signature = zip(placeholders, program.graph_signature.input_specs, strict=True)
+        self._input_names = {node.name for node, spec in signature if spec.kind is InputKind.USER_INPUT}
         self._name_dims(placeholders, given, axes, dims)
         env = {
             node: value
@@ -289,7 +291,8 @@ class _Importer:
         """The weight's value; tensors that share their memory (tied weights) share it."""
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else name
         if key not in self._weights:
-            self._weights[key] = self.graph.add_weight(self.graph.unique(name), Weight.of(tensor))
+            own = f"self.{name}" if name in self._input_names else name
+            self._weights[key] = self.graph.add_weight(self.graph.unique(own), Weight.of(tensor))
         return self._weights[key]
 
     def _import(self, module: torch.fx.GraphModule, env: dict[torch.fx.Node, Any]) -> Any:

@@ -78,6 +78,10 @@ def test_numpy_in_numpy_out(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda i: i.pop("attention_mask"), r"missing input: attention_mask"),
+        (
+            lambda i: i.update(attention_mask=i["attention_mask"] * 2),
+            r"attention_mask holds other numbers than 0 and 1",
+        ),
         (lambda i: i.update(extra=torch.ones(1)), r"unknown input: extra"),
         (lambda i: i.update(input_ids=i["input_ids"].int()), r"input 'input_ids' has dtype i32, needs i64"),
         (lambda i: i.update(input_ids=i["input_ids"][0]), r"input 'input_ids' has shape \[5\], needs 2 dimensions"),

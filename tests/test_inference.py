@@ -58,6 +58,8 @@ CASES: list[tuple[str, tuple[Any, ...], tuple[str, ...]]] = [
     ("aten.to.dtype", ("f32[s]", torch.bfloat16), ("bf16[s]",)),
     ("aten.slice.Tensor", ("f32[s]", 0, 0, None, 2), ("f32[(s + 1) // 2]",)),
     ("aten.slice.Tensor", ("f32[s, 8]", 1, 2, 6), ("f32[s, 4]",)),
+    ("aten.slice.Tensor", ("f32[64, 8]", 0, 0, s), ("f32[s, 8]",)),  # of a table, which holds as many
+    ("aten.slice.Tensor", ("f32[64, 8]", 0, 0, a + s), ("f32[a + s, 8]",)),
     ("aten.slice.Tensor", ("f32[2*s]", 0, s, 2 * s), ("f32[s]",)),
     ("aten.embedding.default", ("f32[9, 4]", "i64[b, s]"), ("f32[b, s, 4]",)),
     ("aten.arange.start_step", (0, s + 1), ("i64[s + 1]",)),

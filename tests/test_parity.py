@@ -410,6 +410,7 @@ def test_the_smallest_ragged_mask_keeps_its_position() -> None:
         ("mask", torch.tensor([[0, 2]]), False),
         ("mask", torch.ones(2, 1, 3), False),
         ("ids", torch.ones(2, 3), False),
+        ("src_key_padding_mask", torch.zeros(2, 3, dtype=torch.bool), False),  # True where there is padding
     ],
 )
 def test_is_mask(name: str, tensor: Tensor, is_one: bool) -> None:
@@ -513,3 +514,14 @@ def test_proof_of_an_engine() -> None:
     found = proof().of_engine(lambda x: {"y": x.sin().cos().exp() + 0.5}, Budget(metric="max_abs", limit=0.1))
     assert not found.holds
     assert found.worst == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("contract", [Exact(), Budget(metric="cosine", limit=0.9)], ids=["exact", "budget"])
+def test_an_output_that_is_compared_nowhere_is_no_proof(contract: Exact | Budget) -> None:
+    """In all probes; a single one may be padding alone."""
+    inputs, mask = {"x": torch.ones(1, 3)}, torch.ones(1, 3)
+    hidden, seen = (Probe({}, inputs, own) for own in (mask * 0, mask))
+    outputs = {"y": torch.ones(1, 3)}
+    with pytest.raises(ParityError, match="the mask leaves out all of output 'y'"):
+        judge(contract, [hidden, hidden], [outputs] * 2, [outputs] * 2)
+    assert judge(contract, [hidden, seen], [outputs] * 2, [outputs] * 2).holds

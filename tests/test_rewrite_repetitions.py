@@ -30,6 +30,23 @@ def wrong(result: Callable[[Build, Match], Any]) -> Rule:
     return Wrong()
 
 
+def test_sizes_that_are_not_known_to_be_equal_are_a_refusal() -> None:
+    """They may be: nobody can say that the rule is wrong."""
+    body = """
+        input %z: f32[2*((s + 1)//2), 4]
+        %p: f32[s + s % 2, 4] = aten.constant_pad_nd.default(self=%x, pad=[0, 0, 0, s % 2])
+        %n: f32[s + s % 2, 4] = aten.neg.default(self=%p)
+        %c: f32[s + s % 2, 4] = aten.exp.default(self=%n)
+        output y = %c
+        output z = %z
+    """
+    graph = graph_of(body)
+    other = graph.inputs["z"]
+    log = apply_rules(graph, [wrong(lambda op, m: op.sin(other))], "test")
+    assert not log.matches
+    assert "are not known to be the same sizes" in log.refusals[0].reason
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [

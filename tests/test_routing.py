@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graphopt.backends.onnx.dialects import STANDARD
 from graphopt.backends.onnx.routing import ROUTING
+from graphopt.dims import Dim
 from graphopt.errors import LoweringError, TracingError
 from graphopt.execution import run
 from graphopt.ir import Graph
@@ -115,6 +116,32 @@ def test_elements_at_the_bounds_of_bins_are_counted_as_in_torch(
     outside = torch.tensor([low - 0.001, low - 5, high + 0.001, high + 5], dtype=dtype)
     given = [{"x": torch.cat(parts)} for parts in ((edges, outside, edges[-1:]), (edges, edges + 0.5), (outside,))]
     check_everywhere(histogram(bins, low, high, dtype), given, 0)
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("dtype", [F32, I64])
+def test_places_among_boundaries_are_torchs(dtype: torch.dtype, right: bool) -> None:
+    """As many boundaries as there may be: torch.onnx counts the steps of its search by the example's."""
+    types = {"x": TensorType(dtype, (B, S)), "b": TensorType(dtype, (Dim.named("n"),))}
+    graph = graph_of("aten.bucketize.Tensor", types, {"self": "%x", "boundaries": "%b", "right": right}, {})
+    given = [
+        {"x": torch.arange(24).reshape(2, 12).to(dtype), "b": torch.arange(0, 3 * n, 3).to(dtype)} for n in (1, 4, 90)
+    ]
+    if dtype == F32:
+        given += [{"x": torch.tensor([[1.5, torch.nan, torch.inf]]), "b": torch.tensor([0.0, 1.5, 1.5, 2.0])}]
+    in_onnxruntime(graph, given, 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"right": True}, {"side": "right", "out_int32": True}, {"side": "left"}], ids=str
+)
+def test_places_in_sorted_rows_are_torchs(options: dict[str, Any]) -> None:
+    types = {"x": TensorType(F32, (B, S)), "b": TensorType(F32, (B, Dim.named("n")))}
+    graph = graph_of("aten.searchsorted.Tensor", types, {"self": "%x", "sorted_sequence": "%b", **options}, {})
+    given = [
+        {"x": torch.randn(2, 5).round(decimals=1), "b": torch.randn(2, n).round(decimals=1).sort()[0]} for n in (1, 40)
+    ]
+    in_onnxruntime(graph, given, 0)
 
 
 @pytest.mark.parametrize("experts", [2, 3, 7, 8, 60, 64, 128])
@@ -422,6 +449,8 @@ def test_every_lowering_is_tested_here() -> None:
         "aten.sort",
         "aten.topk",
         "aten.histc",
+        "aten.bucketize",
+        "aten.searchsorted",
         GROUPED.rpartition(".")[0],
         "aten._grouped_mm",
         "aten.index",

@@ -147,6 +147,24 @@ class Buffers(nn.Module):
         return result
 
 
+class Namesake(nn.Module):
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.randn(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * self.mask + mask
+
+
+def test_a_buffer_may_be_named_as_an_input_is() -> None:
+    inputs = {"x": torch.randn(2, 3), "mask": torch.randn(2, 3)}
+    graph = traced(Namesake(), inputs, {"x": ("b", None), "mask": ("b", None)})
+    assert list(graph.inputs) == ["x", "mask"]
+    assert list(graph.weights) == ["self.mask"]
+
+
 def test_buffers_are_weights() -> None:
     graph = traced(Buffers(), {"x": torch.randn(2, 3)}, {"x": ("b", None)})
     assert set(graph.weights) == {

@@ -31,7 +31,7 @@ def lower_by_export(e: Emitter, node: Node) -> Lowered:
     key = _key(node, operands)
     if key not in _exported:
         smallest = {name: bounds.min for name, bounds in e.graph.dims.items()}
-        _exported[key] = _export(node, operands, names, smallest, e.dialect.opsets[""])
+        _exported[key] = _of_any_size(node, operands, names, smallest, e.dialect.opsets[""])
     carriers = [e.op("ConstantOfShape", e.size(Dim.named(name))) for name in names]
     return _inline(e, _exported[key], [*map(e.value, operands), *carriers])
 
@@ -68,9 +68,31 @@ class _Single(torch.nn.Module):
         return operators.call(self.node.op, {name: map_arg(arg, real) for name, arg in self.node.args.items()}, "cpu")
 
 
-def _export(node: Node, operands: list[Value], names: list[str], smallest: Mapping[str, int], opset: int) -> ir.Model:
+def _of_any_size(
+    node: Node, operands: list[Value], names: list[str], smallest: Mapping[str, int], opset: int
+) -> ir.Model:
+    """The export, which is the same for an example of other sizes: some decompositions count steps by the example's (a search in
+    sorted numbers), and are wrong for more."""
     all_names = sorted(set(names).union(*(operand.type.names for operand in operands)))
-    env = {name: max(5, smallest[name]) + 2 * index for index, name in enumerate(all_names)}
+    small = {name: max(5, smallest[name]) + 2 * index for index, name in enumerate(all_names)}
+    made = _export(node, operands, names, small, opset)
+    large = {name: 8 * size + 1 for name, size in small.items()}
+    if all_names and _form(_export(node, operands, names, large, opset)) != _form(made):
+        raise Unsupported("its export by torch.onnx depends on the sizes of the example")
+    return made
+
+
+def _form(model: ir.Model) -> list[Any]:
+    """Ops, attributes and constants of a model, without names."""
+    constants = [initializer.const_value for initializer in model.graph.initializers.values()]
+    return [
+        *((node.op_type, len(node.inputs), str(sorted(map(str, node.attributes.values())))) for node in model.graph),
+        *(None if each is None else each.numpy().tolist() for each in constants),
+    ]
+
+
+def _export(node: Node, operands: list[Value], names: list[str], env: Mapping[str, int], opset: int) -> ir.Model:
+    all_names = sorted(env)
     examples = [torch.zeros(o.type.concrete(env).shape, dtype=o.type.dtype) for o in operands]  # type: ignore[arg-type]
     examples += [torch.zeros(env[name]) for name in names]
     dims = {name: torch.export.Dim(name, min=2) for name in all_names}

@@ -29,6 +29,32 @@ def _topk(e: Emitter, node: Node) -> Lowered:
     )  # fmt: skip
 
 
+@lowers("aten.bucketize")
+def _bucketize(e: Emitter, node: Node) -> Lowered:
+    args = node.args
+    return _places(e, node, args["self"], args["boundaries"], args["right"])
+
+
+@lowers("aten.searchsorted")
+def _searchsorted(e: Emitter, node: Node) -> Lowered:
+    args = node.args
+    if args["sorter"] is not None:
+        raise Unsupported("an order of the sorted sequence")
+    return _places(e, node, args["self"], args["sorted_sequence"], args["right"] or args["side"] == "right")
+
+
+def _places(e: Emitter, node: Node, x: Value, ordered: Value, right: bool) -> ir.Value:
+    """How many of ``ordered`` ``[..., N]`` are not at or behind each of ``x`` ``[..., M]``; NaN is behind all."""
+    if not isinstance(x, Value) or x.type.dtype != ordered.type.dtype:
+        raise Unsupported("numbers of another dtype than the boundaries")
+    column = e.op("Unsqueeze", e.value(x), e.vector([-1]))
+    row = e.value(ordered)
+    row = e.op("Unsqueeze", row, e.vector([-2])) if len(ordered.type.shape) > 1 else row
+    before = e.op("Not", e.op("Greater" if right else "GreaterOrEqual", row, column))
+    counts = e.op("ReduceSum", e.op("Cast", before, to=ir.DataType.INT64), e.vector([-1]), keepdims=0)
+    return e.cast(counts, torch.int64, node.output.type.dtype)
+
+
 @lowers("aten.histc")
 def _histc(e: Emitter, node: Node) -> Lowered:
     """Counts of elements in equal bins; the last bin has both its ends."""

@@ -40,8 +40,22 @@ class Engine(ABC):
 
     def __call__(self, **tensors: Any) -> dict[str, Any]:
         bind_dims(self.inputs, self.dims, {name: signature(name, tensor) for name, tensor in tensors.items()})
+        self._check_mask(tensors)
         torch_in = any(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
         return self.run(tensors, torch_in)
+
+    def _check_mask(self, tensors: Mapping[str, Any]) -> None:
+        """InputError if the padding mask holds other numbers than those that the engine was proven with. (On a GPU nobody
+        looks: it would have to wait.)"""
+        name = self.manifest.mask
+        mask = None if name is None else tensors.get(name)
+        if mask is None or (isinstance(mask, torch.Tensor) and mask.is_cuda):
+            return
+        if bool(((mask != 0) & (mask != 1)).any()):
+            raise InputError(
+                f"{name} holds other numbers than 0 and 1",
+                hint="the engine was proven with a mask of tokens (1) and padding (0)",
+            )
 
     @property
     def ways(self) -> Sequence[Callable[..., dict[str, Any]]]:
