@@ -20,7 +20,8 @@ class Source:
     """A model ready to compile: the module in evaluation mode, example inputs, names of their dynamic axes.
 
     ``dims``: ranges where the model knows them; ``vocabulary``: for integer inputs, how many values there are; ``mask``: the
-    padding mask among the inputs, zeros and ones; ``padding``: for inputs beside it, what stands where it is 0;
+    padding mask among the inputs, ones for tokens and zeros: an input of that name and kind unless given, ``""`` for none; what
+    is proven of attention is proven for such a mask; ``padding``: for inputs beside it, what stands where it is 0;
     ``left_padding``: whether the model takes padding on the left as well; ``files``: where the tokenizer's files lie."""
 
     module: nn.Module

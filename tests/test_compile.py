@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import graphopt
@@ -328,3 +329,22 @@ def test_calibration_data_lies_beside_the_pipeline_file(tmp_path: Path) -> None:
     assert _beside(data, file) == {**data, "calibration": {"data": str(tmp_path / "texts.txt")}}
     assert _beside({"kind": "canonicalize"}, file) == {"kind": "canonicalize"}
     assert _beside({**data, "calibration": {"data": ["a"]}}, file) == {**data, "calibration": {"data": ["a"]}}
+
+
+class Weighted(nn.Module):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * mask[..., None]
+
+
+@pytest.mark.parametrize("mask", [None, ""])
+def test_a_mask_that_is_none_may_hold_any_numbers(mask: str | None, tmp_path: Path) -> None:
+    inputs: dict[str, torch.Tensor | None] = {"x": torch.randn(2, 4, 3), "mask": torch.ones(2, 4)}
+    axes = {"x": ("batch", "sequence", None), "mask": ("batch", "sequence")}
+    source = Source(Weighted().eval(), inputs, axes, mask=mask)
+    engine = graphopt.compile(source, tmp_path / "e", passes=[], dims={"batch": (1, 4), "sequence": (1, 8)}).engine
+    x, half = torch.randn(3, 5, 3), torch.full((3, 5), 0.5)
+    if mask is None:
+        with pytest.raises(InputError, match="mask holds other numbers than 0 and 1"):
+            engine(x=x, mask=half)
+    else:
+        torch.testing.assert_close(engine(x=x, mask=half)["output"], x * 0.5)

@@ -54,7 +54,7 @@ class Engine(ABC):
         if bool(((mask != 0) & (mask != 1)).any()):
             raise InputError(
                 f"{name} holds other numbers than 0 and 1",
-                hint="the engine was proven with a mask of tokens (1) and padding (0)",
+                hint="the engine was proven with a mask of tokens (1) and padding (0); for other masks: Source(mask='')",
             )
 
     @property
