@@ -19,6 +19,7 @@ from rich.console import Console
 
 import graphopt
 from benchmarks.measure import Goal, Results, Table
+from graphopt.parity import compare
 from graphopt.runtime import Decoder
 from graphopt.schemas.pipeline import Budget
 from graphopt.sources import Source, transformers_source
@@ -121,15 +122,17 @@ def forced_off(engine: graphopt.Engine, module: Any, prompt: list[int], count: i
     tokens = _random_tokens(module, count)
     decoder = Decoder(engine, 1)
     got = torch.stack([decoder.feed([part])[0].float().cpu() for part in (prompt, *([token] for token in tokens))])
-    wanted = _logits(module, prompt, tokens)
-    return float((got - wanted).abs().max() / wanted.abs().max())
+    return _off(got, _logits(module, prompt, tokens))
 
 
 def half_off(half: Any, module: Any, prompt: list[int], count: int = 64) -> float:
     """The same of eager in half precision."""
     tokens = _random_tokens(module, count)
-    got, wanted = (_logits(each, prompt, tokens) for each in (half, module))
-    return float((got - wanted).abs().max() / wanted.abs().max())
+    return _off(*(_logits(each, prompt, tokens) for each in (half, module)))
+
+
+def _off(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return compare({"logits": wanted}, {"logits": got})["logits"].relative
 
 
 def _random_tokens(module: Any, count: int) -> list[int]:

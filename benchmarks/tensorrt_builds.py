@@ -22,7 +22,6 @@ from graphopt.backends.tensorrt.flavours import TENSORRT
 from graphopt.backends.tensorrt.options import Options, Profile
 from graphopt.ir import Graph, types_of
 from graphopt.pipeline import Context, load_passes, run_passes
-from graphopt.runtime.cache import layout_of
 from graphopt.schemas.pipeline import TargetConfig
 from graphopt.sources import Source
 from graphopt.tensors import DimRange, TensorType
@@ -74,8 +73,8 @@ def engine_of(graph: Graph, folder: Path, cuda_graphs: bool = True, **options: A
     for warning in backend.build(graph, folder).warnings:
         print(f"{folder.name}: {warning}"[:300], flush=True)
     inputs, outputs = map(types_of, (graph.inputs, graph.outputs))
-    lengths = backend.lengths(layout_of(graph))
-    return BareEngine(folder, inputs, outputs, graph.dims, backend.profiles(graph), cuda_graphs, lengths)
+    own = backend.profiles(graph), cuda_graphs, backend.lengths(graph)
+    return BareEngine(folder, inputs, outputs, graph.dims, *own)
 
 
 def engine_of_file(

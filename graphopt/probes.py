@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.parity import Probe
-from graphopt.tensors import DimRange
+from graphopt.tensors import DimRange, is_of_truths
 
 #: Makes the inputs for given sizes, with a generator for whatever is random.
 Sampler: TypeAlias = Callable[[dict[str, int], torch.Generator], dict[str, Tensor]]
@@ -69,12 +69,7 @@ def _sample(
 def is_mask(name: str, example: Tensor) -> bool:
     """Whether an input is a padding mask: two axes, named a mask, nothing but zeros and ones. (Not torch's
     ``key_padding_mask``, which is True where there is padding.)"""
-    return (
-        "mask" in name
-        and "key_padding_mask" not in name
-        and example.ndim == 2
-        and not bool(((example != 0) & (example != 1)).any())
-    )
+    return "mask" in name and "key_padding_mask" not in name and example.ndim == 2 and is_of_truths(example)
 
 
 def ragged_mask(shape: tuple[int, ...], generator: torch.Generator, left: bool = True) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -96,3 +97,8 @@ class Weight:
         for size in self.type.shape:
             count *= int(size)  # type: ignore[arg-type]  # weights have constant sizes
         return count
+
+
+def is_of_truths(mask: Any) -> bool:
+    """Whether an array or tensor holds nothing but zeros and ones."""
+    return not bool(((mask != 0) & (mask != 1)).any())

@@ -19,10 +19,8 @@ from graphopt.errors import ParityError
 from graphopt.execution import run
 from graphopt.parity import Probe, bisect, compare, describe, judge, select
 from graphopt.pipeline import Proof
-from graphopt.probes import is_mask, make_probes, ragged_mask, sampler_like
 from graphopt.schemas.pipeline import Budget, Exact, Metric
 from graphopt.schemas.report import OutputParity
-from graphopt.tensors import DimRange
 from tests.graphs import graph_of
 
 inf, nan = math.inf, math.nan
@@ -378,113 +376,6 @@ def test_bisect_finds_where_nan_comes_from() -> None:
     found = bisect(graph_of(CHAIN.format("cos")), graph_of(CHAIN.format("log")), probe)
     assert found is not None
     assert found.name == "b"
-
-
-# Probes
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def test_ragged_masks_are_padded_on_both_sides() -> None:
-    mask = ragged_mask((6, 9), generator())
-    assert mask.dtype == torch.bool
-    assert bool(mask[0].all())
-    assert bool((mask.sum(1) >= 4).all())
-    assert int((mask.sum(1) < 9).sum()) >= 2
-    for row, kept in enumerate(mask.int().diff(dim=1)):
-        assert bool((kept <= 0).all()) if row % 2 == 0 else bool((kept >= 0).all())
-
-
-def test_the_smallest_ragged_mask_keeps_its_position() -> None:
-    assert ragged_mask((3, 1), generator()).tolist() == [[True]] * 3
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "is_one"),
-    [
-        ("attention_mask", torch.ones(2, 3, dtype=torch.int64), True),
-        ("mask", torch.tensor([[0.0, 1.0]]), True),
-        ("mask", torch.tensor([[True, False]]), True),
-        ("mask", torch.tensor([[0, 2]]), False),
-        ("mask", torch.ones(2, 1, 3), False),
-        ("ids", torch.ones(2, 3), False),
-        ("src_key_padding_mask", torch.zeros(2, 3, dtype=torch.bool), False),  # True where there is padding
-    ],
-)
-def test_is_mask(name: str, tensor: Tensor, is_one: bool) -> None:
-    assert is_mask(name, tensor) is is_one
-
-
-EXAMPLES = {
-    "ids": torch.tensor([[3, 9, 4]]),
-    "types": torch.tensor([[0, 1, 1]]),
-    "attention_mask": torch.ones(1, 3, dtype=torch.int64),
-    "x": torch.tensor([[[10.0, 12.0, 14.0, 16.0]] * 3], dtype=torch.float64),
-    "flag": torch.tensor([True]),
-}
-AXES: dict[str, tuple[str | None, ...]] = {
-    "ids": ("b", "s"), "types": ("b", "s"), "attention_mask": ("b", "s"), "x": ("b", "s", None),
-}  # fmt: skip
-
-
-def test_samples_are_like_the_examples() -> None:
-    found = sampler_like(EXAMPLES, AXES, {"ids": 50})({"b": 40, "s": 20}, generator())
-    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in EXAMPLES.items()}
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
-        "ids": (40, 20), "types": (40, 20), "attention_mask": (40, 20), "x": (40, 20, 4), "flag": (1,),
-    }  # fmt: skip
-    assert (int(found["ids"].min()), int(found["ids"].max())) == (0, 49)
-    assert set(found["types"].flatten().tolist()) == {0, 1}
-    assert set(found["attention_mask"].flatten().tolist()) == {0, 1}
-    assert float(found["x"].mean()) == pytest.approx(13.0, abs=0.2)
-    assert float(found["x"].std()) == pytest.approx(math.sqrt(5), abs=0.1)
-
-
-def test_integers_without_a_vocabulary_stay_in_the_examples_range() -> None:
-    found = sampler_like(EXAMPLES, AXES)({"b": 40, "s": 20}, generator())["ids"]
-    assert (int(found.min()), int(found.max())) == (3, 9)
-
-
-def sizes_of(dims: dict[str, DimRange], traced: dict[str, int]) -> list[dict[str, int]]:
-    return [probe.sizes for probe in make_probes(sampler_like(EXAMPLES, AXES), dims, traced, "attention_mask")]
-
-
-def test_probes_are_at_other_sizes_the_traced_and_the_smallest() -> None:
-    sizes = sizes_of({"b": DimRange(1, None), "s": DimRange(2, None)}, {"b": 2, "s": 6})
-    assert sizes == [{"b": 3, "s": 9}, {"b": 2, "s": 6}, {"b": 1, "s": 2}]
-
-
-def test_probes_respect_ranges() -> None:
-    assert sizes_of({"b": DimRange(1, 2), "s": DimRange(4, 6)}, {"b": 2, "s": 6}) == [
-        {"b": 2, "s": 6},
-        {"b": 1, "s": 4},
-    ]
-    assert sizes_of({"b": DimRange(2, 2), "s": DimRange(6, 7)}, {"b": 2, "s": 6}) == [
-        {"b": 2, "s": 7},
-        {"b": 2, "s": 6},
-    ]
-    assert sizes_of({"b": DimRange(2, 2), "s": DimRange(6, 6)}, {"b": 2, "s": 6}) == [{"b": 2, "s": 6}]
-
-
-def test_probes_respect_ranges_that_leave_out_the_traced_size() -> None:
-    ranges = {"b": DimRange(4, 8), "s": DimRange(1, 5)}
-    sizes = sizes_of(ranges, {"b": 2, "s": 6})
-    assert all(size in ranges[name] for probe in sizes for name, size in probe.items())
-    assert len(sizes) >= 2
-
-
-def test_probes_hold_their_inputs_and_mask() -> None:
-    dims = {"b": DimRange(1, None), "s": DimRange(2, None)}
-    sample = sampler_like(EXAMPLES, AXES)
-    probe = make_probes(sample, dims, {"b": 2, "s": 6}, "attention_mask")[0]
-    assert probe.mask is probe.inputs["attention_mask"]
-    assert make_probes(sample, dims, {"b": 2, "s": 6}, None)[0].mask is None
-    again = make_probes(sample, dims, {"b": 2, "s": 6}, "attention_mask")[0]
-    assert torch.equal(probe.inputs["ids"], again.inputs["ids"])
-    other = make_probes(sample, dims, {"b": 2, "s": 6}, "attention_mask", seed=1)[0]
-    assert not torch.equal(probe.inputs["ids"], other.inputs["ids"])
 
 
 # Proof

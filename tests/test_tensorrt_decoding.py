@@ -41,11 +41,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def old_importer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "parsed_ops", lambda flavour: lambda op: op not in flavours._SINCE)
+
+
 @pytest.fixture(params=["importer of now", "importer of 10.6"])
-def importer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def importer(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     if name == "importer of 10.6":
-        monkeypatch.setattr(backends, "parsed_ops", lambda flavour: lambda op: op not in flavours._SINCE)
+        request.getfixturevalue("old_importer")
     return name
 
 
@@ -131,13 +136,19 @@ def test_int8_caches_are_refused_by_old_importers(importer: str, tmp_path: Path)
 # The runtime, with onnxruntime in the engine's place
 
 
+def stood_in(watch: Last, made: graphopt.Compiled, **options: Any) -> Engine:
+    """``options`` are the target's that the emission depends on."""
+    backend = TensorRtRtxBackend(TargetConfig(backend="tensorrt_rtx", options=options))
+    found = backend.stand_in(watch.graph, made.engine)
+    assert found is not None
+    return found
+
+
 @pytest.fixture
 def stand_in(importer: str, layout: str, tmp_path: Path) -> Engine:
     watch = Last()
     made = decoder("MistralForCausalLM", layout, tmp_path / "e", watch=watch)
-    found = TensorRtRtxBackend(TargetConfig(backend="tensorrt_rtx")).stand_in(watch.graph, made.engine)
-    assert found is not None
-    return found
+    return stood_in(watch, made)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -192,21 +203,13 @@ def test_a_whole_cache_goes_in_and_comes_out(stand_in: Engine) -> None:
 # Buffers of several lengths
 
 
-@pytest.fixture
-def old_importer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "parsed_ops", lambda flavour: lambda op: op not in flavours._SINCE)
-
-
 def with_lengths(name: str, layout: str, folder: Path, lengths: tuple[int, ...] = (9, 4), **options: Any) -> Engine:
     """The stand-in of an engine whose buffers have 4, 9 or all 24 positions."""
     watch = Last()
     made = decoder(name, layout, folder, watch=watch, cache_lengths=lengths, **options)
     assert made.report.emitted is not None
     assert made.report.emitted.holds
-    backend = TensorRtRtxBackend(TargetConfig(backend="tensorrt_rtx", options={"cache_lengths": lengths}))
-    found = backend.stand_in(watch.graph, made.engine)
-    assert found is not None
-    return found
+    return stood_in(watch, made, cache_lengths=lengths)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,12 @@ def test_sizes_that_fit_no_profile_are_named(compiled: Callable[..., Path]) -> N
         engine(**feeds_of(1, 33))
 
 
+def texts_of(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random tokens, and eager's logits behind each of them."""
+    ids = torch.randint(3, 99, (rows, length), generator=torch.Generator().manual_seed(6))
+    return ids, eager(tiny_llama().module)(input_ids=ids)["logits"]
+
+
 @pytest.mark.parametrize("layout", ["static", "growing"])
 def test_tokens_are_eagers(layout: str, compiled: Callable[..., Path]) -> None:
     """Rows of different lengths; static buffers grow twice."""
@@ -127,9 +133,7 @@ def test_tokens_are_eagers(layout: str, compiled: Callable[..., Path]) -> None:
 def test_logits_in_half_precision_are_eagers(compiled: Callable[..., Path]) -> None:
     """Step by step through all lengths of buffers."""
     engine = graphopt.load(compiled("decoder", "fp16", "static"))
-    ids = torch.randint(3, 99, (2, 40), generator=torch.Generator().manual_seed(6))
-    with torch.no_grad():
-        whole = tiny_llama().module(input_ids=ids).logits
+    ids, whole = texts_of(2, 40)
     texts = Decoder(engine, 2)
     logits = [texts.feed(part.tolist()).float().cpu() for part in (ids[:, :3], *ids[:, 3:].T[:, :, None])]
     wanted = whole[:, 2:].transpose(0, 1)
@@ -140,9 +144,7 @@ def test_logits_in_half_precision_are_eagers(compiled: Callable[..., Path]) -> N
 def test_rows_may_leave(compiled: Callable[..., Path]) -> None:
     """The steps of those that stay are recorded anew."""
     engine = graphopt.load(compiled("decoder", "fp32", "static"))
-    ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(6))
-    with torch.no_grad():
-        whole = tiny_llama().module(input_ids=ids).logits
+    ids, whole = texts_of(3, 9)
     texts = Decoder(engine, 3)
     texts.feed(ids[:, :5].tolist())
     texts.feed(ids[:, 5:6].tolist())

@@ -17,8 +17,10 @@ from graphopt import operators
 from graphopt.backends.onnx.emitter import Emitter, Lowered, Unsupported
 from graphopt.dims import Dim
 from graphopt.ir import Node, Value, leaves, map_arg
+from graphopt.tensors import DimRange
 
 _exported: dict[Any, ir.Model] = {}
+_ANY = 1 << 20
 
 
 def lower_by_export(e: Emitter, node: Node) -> Lowered:
@@ -30,8 +32,7 @@ def lower_by_export(e: Emitter, node: Node) -> Lowered:
         return tuple(e.constant(tensor.numpy()) for tensor in made)
     key = _key(node, operands)
     if key not in _exported:
-        smallest = {name: bounds.min for name, bounds in e.graph.dims.items()}
-        _exported[key] = _of_any_size(node, operands, names, smallest, e.dialect.opsets[""])
+        _exported[key] = _of_any_size(node, operands, names, e.graph.dims, e.dialect.opsets[""])
     carriers = [e.op("ConstantOfShape", e.size(Dim.named(name))) for name in names]
     return _inline(e, _exported[key], [*map(e.value, operands), *carriers])
 
@@ -69,15 +70,15 @@ class _Single(torch.nn.Module):
 
 
 def _of_any_size(
-    node: Node, operands: list[Value], names: list[str], smallest: Mapping[str, int], opset: int
+    node: Node, operands: list[Value], names: list[str], dims: Mapping[str, DimRange], opset: int
 ) -> ir.Model:
     """The export, which is the same for an example of other sizes: some decompositions count steps by the example's (a search in
     sorted numbers), and are wrong for more."""
     all_names = sorted(set(names).union(*(operand.type.names for operand in operands)))
-    small = {name: max(5, smallest[name]) + 2 * index for index, name in enumerate(all_names)}
+    small = {name: max(5, dims[name].min) + 2 * index for index, name in enumerate(all_names)}
     made = _export(node, operands, names, small, opset)
-    large = {name: 8 * size + 1 for name, size in small.items()}
-    if all_names and _form(_export(node, operands, names, large, opset)) != _form(made):
+    large = {name: max(size, min(8 * size + 1, dims[name].max or _ANY)) for name, size in small.items()}
+    if large != small and _form(_export(node, operands, names, large, opset)) != _form(made):
         raise Unsupported("its export by torch.onnx depends on the sizes of the example")
     return made
 

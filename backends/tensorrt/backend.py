@@ -111,11 +111,11 @@ class TensorRtBackend(Backend):
     def _with_lengths(self, graph: Graph) -> Graph:
         """The graph with buffers that may have any of several lengths. (A decoder's encoder has no buffers.)"""
         layout = layout_of(graph)
-        return of_any_length(graph, layout) if layout is not None and self.lengths(layout) else graph
+        return of_any_length(graph, layout) if layout is not None and self.lengths(graph) else graph
 
-    def lengths(self, layout: CacheLayout | None) -> list[int]:
+    def lengths(self, graph: Graph) -> list[int]:
         """Of a static cache's buffers, shortest first, where they have several."""
-        return [] if parsed_ops(self.flavour)("TensorScatter") else lengths_of(self.options, layout)
+        return [] if parsed_ops(self.flavour)("TensorScatter") else lengths_of(self.options, layout_of(graph))
 
     def build(self, graph: Graph, folder: Path, progress: Progress = no_progress) -> Built:
         self._check_device()
@@ -150,8 +150,8 @@ class TensorRtBackend(Backend):
             warnings.append(f"{self.name}, {len(places)} times, first at {places[0]}: {fault.text} ({fault.reference})")
         if kernels:
             warnings += check_kernels(kernels, _asked(graph, emitter), self.options.sparse_weights)
-        lengths = self.lengths(layout_of(graph))
-        return Built({PLAN: digest}, written.weights_digest or digest, plan.layers, [], warnings, kernels, lengths)
+        weights = written.weights_digest or digest
+        return Built({PLAN: digest}, weights, plan.layers, [], warnings, kernels, self.lengths(graph))
 
     def _check_device(self) -> None:
         """PipelineError where options need the device at the build, and it is not here."""
@@ -166,8 +166,8 @@ class TensorRtBackend(Backend):
 
     def profiles(self, graph: Graph) -> list[Profile]:
         """What ``target.options`` and the graph's dims ask an engine to be built for."""
-        layout = layout_of(graph)
-        return profiles_of(types_of(graph.inputs), graph.dims, self.options, layout, self.lengths(layout))
+        inputs, layout = types_of(graph.inputs), layout_of(graph)
+        return profiles_of(inputs, graph.dims, self.options, layout, self.lengths(graph))
 
     def _widened(self, graph: Graph, profiles: list[Profile]) -> tuple[list[Profile], dict[Quirk, list[str]]]:
         """The profiles, expecting two rows of products that faults need two of; and where those are."""

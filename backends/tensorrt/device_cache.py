@@ -13,7 +13,7 @@ from torch import Tensor
 from graphopt.backends.tensorrt.cached import open_type
 from graphopt.backends.tensorrt.options import CACHE_LENGTH
 from graphopt.execution import bind_dims
-from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout
+from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout, new_tokens
 from graphopt.runtime.engine import signature
 from graphopt.runtime.kv_cache import KvCache
 from graphopt.tensors import DimRange
@@ -116,7 +116,7 @@ class DeviceCache(KvCache):
 
     def _fitting(self, feeds: Mapping[str, Tensor], least: int = 0) -> int:
         """The shortest length that holds the texts after a step, and ``least`` positions."""
-        needed = int(feeds[PAST_LENGTHS].max()) + feeds[self.layout.tokens[0]].shape[1]
+        needed = int(feeds[PAST_LENGTHS].max()) + new_tokens(self.layout, feeds)
         return next(length for length in self.lengths if length >= max(needed, least))
 
     def _grow(self, length: int) -> None:
@@ -152,8 +152,7 @@ class DeviceCache(KvCache):
         )
 
     def _step(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        width = feeds[self.layout.tokens[0]].shape[1]
-        if self.layout.max_length is None or width > 1 or self.device.type != "cuda":
+        if self.layout.max_length is None or new_tokens(self.layout, feeds) > 1 or self.device.type != "cuda":
             return self.put({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
         if self.recorded is None:
             self.recorded = self._record({name: self.engine.on_device(tensor) for name, tensor in feeds.items()})
@@ -169,7 +168,7 @@ class DeviceCache(KvCache):
         """Put a step on the current stream: ``feeds`` on the device."""
         inputs = {**feeds, **self.once, **self.tensors}
         env = self._sizes({name: signature(name, own) for name, own in inputs.items()})
-        rows = [stack.rows(feeds[self.layout.tokens[0]].shape[1]) for stack in self._stacks]
+        rows = [stack.rows(new_tokens(self.layout, feeds)) for stack in self._stacks]
         presents: dict[str, Tensor] = {}
         if self.layout.max_length is not None and not rows:
             presents = {present: self.tensors[past] for past, present in self.layout.names.items()}

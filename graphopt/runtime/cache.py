@@ -167,7 +167,7 @@ def make_room(
     positions each row has dropped by now."""
     if layout.window is None:
         return evicted
-    length, width = window_length(layout.window), _new_tokens(layout, feeds)
+    length, width = window_length(layout.window), new_tokens(layout, feeds)
     used = feeds[PAST_LENGTHS] - evicted
     if int(used.max()) + width <= length:
         return evicted
@@ -179,7 +179,8 @@ def make_room(
     return evicted + dropped
 
 
-def _new_tokens(layout: CacheLayout, feeds: Mapping[str, Tensor]) -> int:
+def new_tokens(layout: CacheLayout, feeds: Mapping[str, Tensor]) -> int:
+    """How many tokens a step gives each row, padding included."""
     name = layout.tokens[0]
     axis = layout.axis_of(layout.inputs[name])
     assert axis is not None
@@ -234,7 +235,7 @@ def as_if_uncached(
     ``inputs`` are those of the model without a cache, real tokens first in each row; ``mask`` ``[batch, sequence]`` says which
     those are; ``before`` is the prologue. The outputs compare with the model's."""
     inputs, mask, found = _after(before, layout, inputs, mask)
-    length = _new_tokens(layout, inputs)
+    length = new_tokens(layout, inputs)
     seen = None if mask is None else mask.clone()
     for step in steps_of(call, layout, inputs, mask):
         starts, counts = step.starts, step.counts
@@ -276,7 +277,7 @@ def prompt_feeds(
     only as many of the first tokens as it takes at once."""
     inputs, mask, _ = _after(before, layout, inputs, mask)
     given = {name: tensor for name, tensor in inputs.items() if name in layout.inputs}
-    length = _new_tokens(layout, given)
+    length = new_tokens(layout, given)
     batch = next(iter(given.values())).shape[0]
     cache = layout.empty(batch)
     if layout.max_length is None:
@@ -309,7 +310,7 @@ def _after(
 def steps_of(call: Call, layout: CacheLayout, inputs: Mapping[str, Tensor], mask: Tensor | None) -> Iterator[Step]:
     """A prompt, several tokens on top of it, single tokens: each row its own numbers of them in a static cache, all alike
     and with padding in front in a growing one."""
-    length = _new_tokens(layout, inputs)
+    length = new_tokens(layout, inputs)
     given = {name: tensor for name, tensor in inputs.items() if name in layout.inputs}
     batch = next(iter(given.values())).shape[0]
     cache = layout.empty(batch)

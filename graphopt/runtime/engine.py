@@ -16,7 +16,7 @@ from graphopt.execution import bind_dims
 from graphopt.runtime.cache import CacheLayout
 from graphopt.runtime.kv_cache import KvCache
 from graphopt.schemas.manifest import Manifest, TensorSpec
-from graphopt.tensors import DTYPE_NAMES, DTYPES, DimRange, TensorType
+from graphopt.tensors import DTYPE_NAMES, DTYPES, DimRange, TensorType, is_of_truths
 from graphopt.text import parse_type
 
 
@@ -51,7 +51,7 @@ class Engine(ABC):
         mask = None if name is None else tensors.get(name)
         if mask is None or (isinstance(mask, torch.Tensor) and mask.is_cuda):
             return
-        if bool(((mask != 0) & (mask != 1)).any()):
+        if not is_of_truths(to_numpy(mask)):  # torch's threads would spin on beside the engine's
             raise InputError(
                 f"{name} holds other numbers than 0 and 1",
                 hint="the engine was proven with a mask of tokens (1) and padding (0); for other masks: Source(mask='')",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import InputError
-from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout, make_room
+from graphopt.runtime.cache import PAST_EVICTED, PAST_LENGTHS, CacheLayout, make_room, new_tokens
 
 if TYPE_CHECKING:
     from graphopt.runtime.engine import Engine
@@ -79,8 +79,7 @@ class KvCache:
             raise InputError(
                 f"missing input: {PAST_LENGTHS}", hint="how many positions each row has filled, i64 [batch]"
             )
-        name = self.layout.tokens[0]
-        new = feeds[name].shape[self.layout.axis_of(self.layout.inputs[name]) or 1]
+        new = new_tokens(self.layout, feeds)
         if self.layout.window is not None and new > self.layout.window:
             raise InputError(f"{new} tokens at once, the windows take {self.layout.window}", hint="give them in parts")
         filled = feeds[PAST_LENGTHS].flatten().tolist()
